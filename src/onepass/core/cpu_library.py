@@ -1,0 +1,113 @@
+"""The C++ library: found, loaded once, bound to an instruction set, called through ctypes.
+
+The library is not linked to an OpenMP runtime. It takes the `libgomp` that PyTorch brought along, so that both run their
+parallel regions on one pool of threads; two pools would compete for the cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import env
+
+_LIBRARY_NAME = "libonepass_cpu.so"
+_OUT_OF_MEMORY = 1
+
+
+class CpuLibraryError(RuntimeError):
+    """The C++ library cannot be used here; the message says why and what to do."""
+
+
+def _find_library() -> Path:
+    forced = env.cpu_library()
+    if forced is not None:
+        if not Path(forced).is_file():
+            raise CpuLibraryError(f"ONEPASS_CPU_LIBRARY={forced!r} is not a file")
+        return Path(forced)
+    path = Path(__file__).parent.parent / "_lib" / _LIBRARY_NAME
+    if not path.is_file():
+        raise CpuLibraryError(
+            f"the C++ kernels are missing ({path}): install the package with `pip install .`, or build them with "
+            f"`cmake -S . -B build && cmake --build build` and set ONEPASS_CPU_LIBRARY=build/{_LIBRARY_NAME}"
+        )
+    return path
+
+
+def _load_openmp() -> None:
+    """Makes the symbols of PyTorch's own libgomp global; a system's libgomp serves where PyTorch brings none."""
+    root = Path(torch.__file__).parent
+    candidates = [*sorted((root / "lib").glob("libgomp*.so*")), *sorted((root.parent / "torch.libs").glob("libgomp*.so*"))]
+    errors = []
+    for candidate in [*map(str, candidates), "libgomp.so.1"]:
+        try:
+            ctypes.CDLL(candidate, mode=ctypes.RTLD_GLOBAL)
+            return
+        except OSError as error:
+            errors.append(f"{candidate}: {error}")
+    raise CpuLibraryError("no OpenMP runtime was found (Debian and Ubuntu: apt install libgomp1):\n" + "\n".join(errors))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    path = _find_library()
+    _load_openmp()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise CpuLibraryError(f"{path} cannot be loaded: {error}") from error
+    library.onepass_isa.restype = ctypes.c_char_p
+    library.onepass_compiled_isa.restype = ctypes.c_char_p
+    if not library.onepass_isa():
+        raise CpuLibraryError("this x86-64 processor lacks SSE4.2 (x86-64-v2), the oldest instruction set onepass is built for")
+    wanted = env.cpu_isa()
+    if wanted is not None and not library.onepass_set_isa(wanted.encode()):
+        raise CpuLibraryError(f"ONEPASS_CPU_ISA={wanted!r}: this machine runs {', '.join(_isas(library))}")
+    return library
+
+
+def _isas(library: ctypes.CDLL) -> list[str]:
+    compiled: list[str] = []
+    while (name := library.onepass_compiled_isa(len(compiled))) is not None:
+        compiled.append(name.decode())
+    return [name for name in compiled if library.onepass_isa_supported(name.encode())]
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the C++ kernels cannot run here; None when they can."""
+    try:
+        _library()
+    except CpuLibraryError as error:
+        return str(error)
+    return None
+
+
+def isa() -> str:
+    """The instruction set whose kernels run, such as "avx512_bf16"."""
+    return _library().onepass_isa().decode()
+
+
+def isas() -> list[str]:
+    """The instruction sets that are compiled in and that this machine has, worst first."""
+    return _isas(_library())
+
+
+@functools.cache
+def kernel(name: str) -> Callable[[bytes], None]:
+    """The kernel `name` of csrc/kernels.def, called with its packed argument struct (csrc/abi.h).
+
+    Raises MemoryError when the kernel could not allocate its workspace, and CpuLibraryError when there is no library.
+    """
+    function = getattr(_library(), f"onepass_{name}")
+    function.argtypes = (ctypes.c_char_p,)
+
+    def call(arguments: bytes) -> None:
+        if function(arguments) == _OUT_OF_MEMORY:
+            raise MemoryError(f"onepass: the C++ kernel {name} could not allocate its workspace")
+
+    return call
