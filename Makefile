@@ -1,0 +1,44 @@
+# Two commands for a fresh Linux machine that has Python 3.10 or newer with venv, and g++:
+#   make demo    make .venv, install, show everything, write onepass-demo/report.html
+#   make test    lint, types and all tests
+# Variables: PYTHON (which interpreter), VENV (where), TORCH (what pip installs when no torch >= 2.9 is there yet), THREADS, ARGS (for make bench).
+PYTHON  ?= python3
+VENV    ?= .venv
+TORCH   ?= torch==2.13.0
+THREADS ?= 2
+ARGS    ?=
+
+BIN     := $(VENV)/bin
+SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find csrc src -type f -not -path '*/__pycache__/*' -not -path '*/_lib/*')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:
+	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+	@echo "  make lint    ruff, ruff format --check, mypy"
+	@echo "  make bench   every benchmark, results into benchmarks/ (an hour on two cores)"
+	@echo "  make clean   remove what the above made"
+
+demo: $(VENV)/.installed-cli
+	$(BIN)/onepass demo --threads $(THREADS)
+
+test: lint
+	$(BIN)/python -m pytest -q tests $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-cli
+	$(BIN)/onepass bench attention --plot --threads $(THREADS) $(ARGS)
+
+# One file per set of extras: `make test` after `make demo` adds the tools for tests, and either installs again when a source has changed.
+$(VENV)/.installed-%: $(SOURCES) scripts/install.sh
+	PYTHON='$(PYTHON)' VENV='$(VENV)' TORCH='$(TORCH)' sh scripts/install.sh $*
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist onepass-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,67 @@
+#!/bin/sh
+# Makes the virtual environment and installs onepass with one set of extras into it: scripts/install.sh cli|dev
+#
+# A torch that the interpreter already has (>= 2.9), or that pip's own settings bring, is used; otherwise $TORCH is installed.
+# Environment: PYTHON, VENV, TORCH, CXX. Says which package to install when the machine lacks something.
+set -eu
+
+EXTRAS=${1:?usage: scripts/install.sh cli|dev}
+PYTHON=${PYTHON:-python3}
+VENV=${VENV:-.venv}
+TORCH=${TORCH:-torch==2.13.0}
+
+HAS_TORCH='import sys, torch; sys.exit(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 9))'
+
+fail() {
+    printf 'onepass: %s\n' "$@" >&2
+    exit 1
+}
+
+check_machine() {
+    [ "$(uname -s)" = Linux ] || fail "this is $(uname -s); only Linux is supported."
+    command -v "$PYTHON" >/dev/null 2>&1 || fail "'$PYTHON' was not found." \
+        "  Debian, Ubuntu: sudo apt install python3 python3-venv" "  Fedora:         sudo dnf install python3" \
+        "or name another interpreter: make PYTHON=python3.12 ..."
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail \
+        "$("$PYTHON" --version) is too old; Python 3.10 or newer is needed. Name one: make PYTHON=python3.12 ..."
+    "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || fail "$PYTHON has no venv (ensurepip is missing)." \
+        "  Debian, Ubuntu: sudo apt install python3-venv" "  Fedora:         sudo dnf install python3"
+    command -v "${CXX:-g++}" >/dev/null 2>&1 || fail "no C++ compiler: '${CXX:-g++}' was not found." \
+        "  Debian, Ubuntu: sudo apt install g++" "  Fedora:         sudo dnf install gcc-c++" \
+        "or name one: CXX=clang++ make ..."
+}
+
+make_venv() {
+    [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1 && return
+    if "$PYTHON" -c "$HAS_TORCH" 2>/dev/null; then
+        echo "onepass: using the torch that $PYTHON already has"
+        "$PYTHON" -m venv --clear --system-site-packages "$VENV"
+    else
+        "$PYTHON" -m venv --clear "$VENV"
+    fi
+}
+
+# True when pip was told where to look (an index, a mirror, a folder of wheels): then its settings alone decide which torch comes.
+pip_has_settings() {
+    "$VENV/bin/python" -m pip config list 2>/dev/null | grep -qE '(index-url|find-links|no-index|constraint)='
+}
+
+install_torch() {
+    "$VENV/bin/python" -c "$HAS_TORCH" 2>/dev/null && return
+    echo "onepass: installing $TORCH"
+    if pip_has_settings; then
+        # A mirror may hold another version only; every torch >= 2.9 works.
+        "$VENV/bin/python" -m pip install "$TORCH" || "$VENV/bin/python" -m pip install "torch>=2.9"
+    elif [ -e /proc/driver/nvidia/version ] || [ "$(uname -m)" != x86_64 ]; then
+        "$VENV/bin/python" -m pip install "$TORCH"
+    else
+        # Without an NVIDIA driver the CPU build does the same in a tenth of the download; pip prefers it where it finds it.
+        "$VENV/bin/python" -m pip install --extra-index-url https://download.pytorch.org/whl/cpu "$TORCH"
+    fi
+}
+
+check_machine
+make_venv
+install_torch
+echo "onepass: building and installing onepass[$EXTRAS]"
+"$VENV/bin/python" -m pip install --quiet ".[$EXTRAS]"
