@@ -1,2 +1,233 @@
-#include "simd.h"
-extern "C" int ONEPASS_KERNEL(attention_fwd)(const AttentionFwdArgs*) { return ONEPASS_OK; }
+// Attention forward (FlashAttention-2, Dao 2023, turned for vector lanes): a block of queries stays, tiles of keys and values stream
+// past, and softmax is computed online: each query keeps the largest score so far (m) and the sum of exponentials (l);
+// when m grows, what is already in the output is rescaled by 2^(m_old - m_new).
+//
+// Scores are in units of log2 (softmax_scale * log2(e) folded in), so exponentials are powers of two.
+#include <cmath>
+
+#include "attention_tile.h"
+#include "workspace.h"
+
+namespace {
+
+constexpr int MAX_BLOCKS = 4;  // query blocks that share one packing of a key/value tile
+
+// One thread's scratch.
+template <class Compute>
+struct Scratch {
+  typename Compute::Elem *Qt, *K, *V, *P;  // P: the weights as the second product reads them (Fp32: S itself)
+  float *Ot, *S, *m, *l, *rescale, *tile_max;
+  int64_t q_size, o_size;
+
+  Scratch(Workspace& w, const AttentionProblem& p, int64_t blocks) {
+    q_size = round_up(p.head_dim, 2) * BLOCK_Q;
+    o_size = round_up(p.head_dim_v, TILE_M) * BLOCK_Q;
+    Qt = w.take<typename Compute::Elem>(blocks * q_size);
+    Ot = w.take<float>(blocks * o_size);
+    S = w.take<float>(BLOCK_K * BLOCK_Q);
+    P = Compute::STEP == 1 ? (typename Compute::Elem*)S : w.take<typename Compute::Elem>(BLOCK_K * BLOCK_Q);
+    K = w.take<typename Compute::Elem>(BLOCK_K * round_up(p.head_dim, 2));
+    V = w.take<typename Compute::Elem>(BLOCK_K * round_up(p.head_dim_v, TILE_M));
+    m = w.take<float>(blocks * BLOCK_Q);
+    l = w.take<float>(blocks * BLOCK_Q);
+    rescale = w.take<float>(BLOCK_Q);
+    tile_max = w.take<float>(BLOCK_Q);
+  }
+};
+
+// Four rows of weights, stored as the second product reads them.
+template <int N>
+ONEPASS_INLINE void store_weights(float* P, int64_t j, int n, const vf (&p)[4]) {
+#pragma GCC unroll 4
+  for (int x = 0; x < 4; x++) store(P + (j + x) * N * VW + n * VW, p[x]);
+}
+#if ONEPASS_BF16_DOT
+template <int N>
+ONEPASS_INLINE void store_weights(bf16* P, int64_t j, int n, const vf (&p)[4]) {
+#pragma GCC unroll 2
+  for (int x = 0; x < 4; x += 2) {
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)p[x + 1], (__m512)p[x]);
+    store_words(P + ((j + x) / 2 * N * VW + n * VW) * 2, pair_low(halves, _mm512_shuffle_i64x2(halves, halves, 0xee)));
+  }
+}
+#endif
+
+// Scores to weights: raises m and l of the block to include this tile, leaves 2^(m_old - m_new) in rescale.
+template <class Compute, int N>
+ONEPASS_INLINE void softmax_tile(Scratch<Compute>& t, float* m, float* l, int64_t rows, float scale) {
+  constexpr int LD = N * VW;
+  const vf factor = broadcast(scale);
+#pragma GCC unroll 4
+  for (int n = 0; n < N; n++) {
+    const vf m_old = load(m + n * VW), m_new = vmax(load(t.tile_max + n * VW) * factor, m_old);
+    // A query that has seen no key yet has m = -inf; 0 in its place keeps -inf - m from being NaN.
+    const vf m_finite = m_new == broadcast(NEG_INF) ? (vf){} : m_new;
+    const vf rescale = vexp2<5>(m_old - m_finite);
+    vf sum[4] = {};
+    const float* s = t.S + n * VW;
+    for (int64_t j = 0; j < rows; j += 4) {
+      vf p[4];
+#pragma GCC unroll 4
+      for (int x = 0; x < 4; x++) {
+        const vf score = load(s + (j + x) * LD);
+        p[x] = vexp2<Compute::EXP2_DEGREE>(Compute::STEP == 1 ? score - m_finite : score * factor - m_finite);
+        sum[x] += p[x];
+      }
+      store_weights<N>(t.P, j, n, p);
+    }
+    store(l + n * VW, load(l + n * VW) * rescale + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+    store(m + n * VW, m_new);
+    store(t.rescale + n * VW, rescale);
+  }
+}
+
+// One tile of keys against one block of N * VW queries.
+template <class Compute, int N>
+ONEPASS_INLINE void attend_tile(Scratch<Compute>& t, const AttentionProblem& p, KeyMask mask, float scale, int64_t block, int64_t i0,
+                                int64_t queries, int64_t j0, int64_t keys, Tile<typename Compute::Elem> K,
+                                Tile<typename Compute::Elem> V) {
+  constexpr int LD = N * VW;
+  const Visible seen = visible(p, mask, i0, queries, j0, keys);
+  if (seen == Visible::NONE) return;
+  score_tile<Compute, N>(t.S, K, keys, p.head_dim, t.Qt + block * t.q_size, t.tile_max);
+  const int64_t rows = round_up(keys, TILE_M);
+  if (seen == Visible::SOME) {
+    mask_tile<N>(t.S, p, mask, i0, j0, keys);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) {
+      vf top = broadcast(NEG_INF);
+      for (int64_t j = 0; j < rows; j++) top = vmax(load(t.S + j * LD + n * VW), top);
+      store(t.tile_max + n * VW, top);
+    }
+  }
+  softmax_tile<Compute, N>(t, t.m + block * BLOCK_Q, t.l + block * BLOCK_Q, rows, scale);
+  for (int64_t d = 0; d < p.head_dim_v; d += TILE_M)
+    multiply_tile<Compute, TILE_M, N, Into::RESCALE_AND_ADD>(ceil_div(keys, Compute::STEP), V.data + d * Compute::STEP, Compute::STEP,
+                                                             V.stride, t.P, LD * Compute::STEP, t.Ot + block * t.o_size + d * LD, LD,
+                                                             t.rescale);
+}
+
+template <class Compute, int N, class T>
+ONEPASS_INLINE void begin_block(Scratch<Compute>& t, const AttentionProblem& p, int64_t block, const T* q, const Tensor4& layout,
+                                int64_t queries, float into_q) {
+  pack_transposed<N * VW>(t.Qt + block * t.q_size, q, layout.stride_s, layout.stride_d, queries, p.head_dim, into_q);
+  memset(t.Ot + block * t.o_size, 0, sizeof(float) * (size_t)(round_up(p.head_dim_v, TILE_M) * N * VW));
+  for (int i = 0; i < N * VW; i++) {
+    t.m[block * BLOCK_Q + i] = NEG_INF;
+    t.l[block * BLOCK_Q + i] = 0.f;
+  }
+}
+
+// out[i][d] = Ot[d][i] / l[i], lse = m + log2(l) in natural units; a query that saw no key gives 0 and -inf.
+template <class Compute, int N, class T>
+ONEPASS_INLINE void end_block(Scratch<Compute>& t, const AttentionProblem& p, int64_t block, T* out, int64_t stride_s, float* lse,
+                              int64_t queries) {
+  constexpr int LD = N * VW;
+  const float *Ot = t.Ot + block * t.o_size, *m = t.m + block * BLOCK_Q, *l = t.l + block * BLOCK_Q;
+  for (int64_t i0 = 0; i0 < queries; i0 += VW) {
+    const int64_t count = min_of(VW, queries - i0);
+    float inverse[VW];
+    for (int64_t x = 0; x < count; x++) {
+      inverse[x] = l[i0 + x] == 0.f ? 0.f : 1.f / l[i0 + x];
+      lse[i0 + x] = m[i0 + x] * LN2 + logf(l[i0 + x]);
+    }
+    int64_t d = 0;
+    for (; d + VW <= p.head_dim_v; d += VW) {
+      vf rows[VW];
+#pragma GCC unroll 16
+      for (int x = 0; x < VW; x++) rows[x] = load(Ot + (d + x) * LD + i0);
+      transpose(rows);
+      for (int64_t x = 0; x < count; x++) store(out + (i0 + x) * stride_s + d, rows[x] * broadcast(inverse[x]));
+    }
+    for (; d < p.head_dim_v; d++)
+      for (int64_t x = 0; x < count; x++) from_float(Ot[d * LD + i0 + x] * inverse[x], out + (i0 + x) * stride_s + d);
+  }
+}
+
+// Calls f.template operator()<N>() with the fewest vectors N that hold `queries`.
+#define ONEPASS_WITH_VECTORS(QUERIES, CALL)                   \
+  do {                                                        \
+    if ((QUERIES) <= VW) { constexpr int N = 1; CALL; }       \
+    else if ((QUERIES) <= 2 * VW) { constexpr int N = 2; CALL; } \
+    else { constexpr int N = 3; CALL; }                       \
+  } while (0)
+
+// `blocks` consecutive query blocks of one head.
+template <class Compute, class T>
+void attend_head(Scratch<Compute>& t, const AttentionFwdArgs& a, int64_t b, int64_t h, int64_t first_query, int64_t queries) {
+  const AttentionProblem& p = a.problem;
+  const int64_t h_kv = h / (p.nheads_q / p.nheads_kv);
+  const T* q = (const T*)a.q.data + b * a.q.stride_b + h * a.q.stride_h;
+  const T* k = (const T*)a.k.data + b * a.k.stride_b + h_kv * a.k.stride_h;
+  const T* v = (const T*)a.v.data + b * a.v.stride_b + h_kv * a.v.stride_h;
+  T* out = (T*)a.out.data + b * a.out.stride_b + h * a.out.stride_h;
+  float* lse = a.lse + (b * p.nheads_q + h) * p.seqlen_q;
+  const KeyMask mask = key_mask_of(p, b);
+  const ScoreScale scale = score_scale(Compute{}, p.softmax_scale);
+  const int64_t end = first_query + queries;
+
+  for (int64_t i0 = first_query, block = 0; i0 < end; i0 += BLOCK_Q, block++) {
+    const int64_t count = min_of(BLOCK_Q, end - i0);
+    ONEPASS_WITH_VECTORS(count, (begin_block<Compute, N>(t, p, block, q + i0 * a.q.stride_s, a.q, count, scale.into_q)));
+  }
+  const int64_t keys_end = end_key(p, end - 1);
+  for (int64_t j0 = first_key(p, first_query) / BLOCK_K * BLOCK_K; j0 < keys_end; j0 += BLOCK_K) {
+    const int64_t keys = min_of(BLOCK_K, keys_end - j0);
+    const auto K = key_tile(Compute{}, t.K, k + j0 * a.k.stride_s, a.k.stride_s, a.k.stride_d, keys, p.head_dim);
+    const auto V = value_tile(Compute{}, t.V, v + j0 * a.v.stride_s, a.v.stride_s, a.v.stride_d, keys, p.head_dim_v);
+    for (int64_t i0 = first_query, block = 0; i0 < end; i0 += BLOCK_Q, block++) {
+      const int64_t count = min_of(BLOCK_Q, end - i0);
+      ONEPASS_WITH_VECTORS(count, (attend_tile<Compute, N>(t, p, mask, scale.after, block, i0, count, j0, keys, K, V)));
+    }
+  }
+  for (int64_t i0 = first_query, block = 0; i0 < end; i0 += BLOCK_Q, block++) {
+    const int64_t count = min_of(BLOCK_Q, end - i0);
+    ONEPASS_WITH_VECTORS(count, (end_block<Compute, N>(t, p, block, out + i0 * a.out.stride_s, a.out.stride_s, lse + i0, count)));
+  }
+}
+
+template <class Compute, class T>
+int forward(const AttentionFwdArgs& a) {
+  const AttentionProblem& p = a.problem;
+  const int64_t heads = p.batch * p.nheads_q, query_blocks = ceil_div(p.seqlen_q, BLOCK_Q);
+  if (heads == 0 || query_blocks == 0) return ONEPASS_OK;
+  // Blocks that share a packed tile save packing; fewer, larger pieces of work balance worse. Four pieces a thread are enough.
+  int64_t blocks = 1;
+  while (blocks < MAX_BLOCKS && heads * ceil_div(query_blocks, 2 * blocks) >= 4 * p.num_threads) blocks *= 2;
+  const int64_t chunks = ceil_div(query_blocks, blocks), pieces = heads * chunks;
+  const double work = 1.0 * heads * p.seqlen_q * p.seqlen_k * (p.head_dim + p.head_dim_v);
+  const int threads = work < 5e4 ? 1 : (int)min_of(p.num_threads, pieces);
+  int status = ONEPASS_OK;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Workspace w;
+    Scratch<Compute>(w, p, blocks);
+    if (!w.allocate()) {
+#pragma omp atomic write
+      status = ONEPASS_OUT_OF_MEMORY;
+    } else {
+      Scratch<Compute> t(w, p, blocks);
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t piece = 0; piece < pieces; piece++) {
+        const int64_t head = piece / chunks, chunk = chunks - 1 - piece % chunks;  // causal: the longest first
+        const int64_t i0 = chunk * blocks * BLOCK_Q;
+        attend_head<Compute, T>(t, a, head / p.nheads_q, head % p.nheads_q, i0, min_of(blocks * BLOCK_Q, p.seqlen_q - i0));
+      }
+    }
+  }
+  return status;
+}
+
+}  // namespace
+
+extern "C" int ONEPASS_KERNEL(attention_fwd)(const AttentionFwdArgs* args) {
+  switch (args->problem.dtype) {
+    case ONEPASS_F32: return forward<Fp32, float>(*args);
+    case ONEPASS_F16: return forward<Fp32, f16>(*args);
+#if ONEPASS_BF16_DOT
+    default: return forward<Bf16Pairs, bf16>(*args);
+#else
+    default: return forward<Fp32, bf16>(*args);
+#endif
+  }
+}

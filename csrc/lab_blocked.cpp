@@ -5,7 +5,7 @@
 // tile is simply smaller. What is left is the matrix of scores: as large as before, and still streamed four times.
 #include "lab_rows.h"
 
-int ONEPASS_KERNEL(lab_blocked)(const LabAttentionArgs* a) {
+extern "C" int ONEPASS_KERNEL(lab_blocked)(const LabAttentionArgs* a) {
   const int64_t heads = a->batch * a->nheads_q, block_q = a->block_q, block_k = a->block_k;
   const int64_t tiles_q = ceil_div(a->seqlen_q, block_q), tiles_k = ceil_div(a->seqlen_k, block_k);
   // A matrix of scores for one head at a time, or for as many heads as keep every thread busy.

@@ -20,16 +20,11 @@
 constexpr int TILE_ROWS = VW == 16 ? 8 : 4, TILE_VECTORS = 3;
 
 // c (ROWS x VECTORS vectors) = alpha * c + a b, where a (ROWS x depth) has any strides and b (depth x width) has rows of width
-// floats, as has c. Without alpha, c = a b.
+// floats, as has c. Without alpha, c = a b. A tile is summed on its own and then added: a long sum in two short levels rounds less.
 template <int ROWS, int VECTORS>
 ONEPASS_INLINE void tile_product(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t depth, int64_t width,
                                  const float* alpha, float* c) {
   vf sums[ROWS][VECTORS] = {};
-  if (alpha)
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 16
-      for (int n = 0; n < VECTORS; n++) sums[r][n] = load(alpha + n * VW) * load(c + r * width + n * VW);
   for (int64_t d = 0; d < depth; d++) {
     vf bd[VECTORS];
 #pragma GCC unroll 16
@@ -42,7 +37,10 @@ ONEPASS_INLINE void tile_product(const float* a, int64_t a_row, int64_t a_depth,
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 16
-    for (int n = 0; n < VECTORS; n++) store(c + r * width + n * VW, sums[r][n]);
+    for (int n = 0; n < VECTORS; n++) {
+      float* cr = c + r * width + n * VW;
+      store(cr, alpha ? load(alpha + n * VW) * load(cr) + sums[r][n] : sums[r][n]);
+    }
 }
 
 template <int VECTORS>
@@ -75,7 +73,8 @@ static void online_softmax(float* scores, int64_t keys, int64_t width, float* m,
       store(scores + j * width + n, p);
       sum += p;
     }
-    const vf rescale = vexp2((before - highest) * LOG2E);
+    // Exactly 1 where the maximum stays, so that an error of exp2 cannot add up from tile to tile.
+    const vf rescale = before == highest ? broadcast(1.0f) : vexp2((before - highest) * LOG2E);
     store(l + n, load(l + n) * rescale + sum);
     store(m + n, highest);
     store(alpha + n, rescale);
@@ -134,7 +133,7 @@ static void flash_block(const LabAttentionArgs* a, const Head& head, int64_t i_b
   }
 }
 
-int ONEPASS_KERNEL(lab_flash)(const LabAttentionArgs* a) {
+extern "C" int ONEPASS_KERNEL(lab_flash)(const LabAttentionArgs* a) {
   const int64_t heads = a->batch * a->nheads_q;
   const int64_t block_q = min_of(a->block_q, max_of(1, a->seqlen_q)), block_k = min_of(a->block_k, a->seqlen_k);
   const int64_t tiles_q = ceil_div(a->seqlen_q, block_q), width = round_up(block_q, VW);

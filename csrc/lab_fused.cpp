@@ -5,7 +5,7 @@
 // falls from seqlen_q x seqlen_k to threads x seqlen_k; the price is that K and V are again read once for every query.
 #include "lab_rows.h"
 
-int ONEPASS_KERNEL(lab_fused)(const LabAttentionArgs* a) {
+extern "C" int ONEPASS_KERNEL(lab_fused)(const LabAttentionArgs* a) {
   const int64_t rows = a->batch * a->nheads_q * a->seqlen_q, row_floats = round_up(a->seqlen_k, VW);
   const int threads = team_size(a, rows);
   float* buffers = allocate(a, threads * row_floats);

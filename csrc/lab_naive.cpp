@@ -7,7 +7,7 @@
 // and the matrix itself, grow with the square of the length.
 #include "lab_rows.h"
 
-int ONEPASS_KERNEL(lab_naive)(const LabAttentionArgs* a) {
+extern "C" int ONEPASS_KERNEL(lab_naive)(const LabAttentionArgs* a) {
   // Rows of all heads in one list, a matrix of scores for one head at a time (or more heads when each has few rows).
   const int64_t rows = a->batch * a->nheads_q * a->seqlen_q;
   const int64_t matrix_rows = min_of(rows, max_of(a->seqlen_q, a->num_threads));

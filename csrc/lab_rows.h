@@ -82,11 +82,18 @@ ONEPASS_INLINE void add_values(const float* weights, const float* v, int64_t v_s
 
 // out += sum over j of weights[j] * v_j: vectors run along the features, so v is read in place and in order.
 static void value_row(const float* weights, const float* v, int64_t v_stride, int64_t keys, int64_t head_dim, float* out) {
-  int64_t d = 0;
-  for (; d + 2 * VW <= head_dim; d += 2 * VW) add_values<2>(weights, v + d, v_stride, keys, out + d);
-  for (; d + VW <= head_dim; d += VW) add_values<1>(weights, v + d, v_stride, keys, out + d);
-  for (int64_t j = 0; j < keys; j++)
-    for (int64_t rest = d; rest < head_dim; rest++) out[rest] += weights[j] * v[j * v_stride + rest];
+  constexpr int64_t SPAN = 256;  // keys summed before they are added to out: a long sum in two short levels rounds less
+  for (; keys > 0; keys -= SPAN, weights += SPAN, v += SPAN * v_stride) {
+    const int64_t span = min_of(SPAN, keys);
+    int64_t d = 0;
+    for (; d + 2 * VW <= head_dim; d += 2 * VW) add_values<2>(weights, v + d, v_stride, span, out + d);
+    for (; d + VW <= head_dim; d += VW) add_values<1>(weights, v + d, v_stride, span, out + d);
+    for (; d < head_dim; d++) {
+      float sum = 0.0f;
+      for (int64_t j = 0; j < span; j++) sum += weights[j] * v[j * v_stride + d];
+      out[d] += sum;
+    }
+  }
 }
 
 ONEPASS_INLINE void clear_row(float* out, int64_t head_dim) { memset(out, 0, (size_t)head_dim * sizeof(float)); }

@@ -1,0 +1,240 @@
+// What forward and backward share: which keys a query sees, the masks on a tile of scores, and the packing of inputs into
+// the layouts that the micro-kernels read.
+//
+// A tile of scores is transposed: S^T (keys x queries), keys in rows, queries in the vector lanes. Everything softmax does
+// (maximum, sum, rescaling) is then done on whole vectors, one query a lane, with no reduction across lanes.
+#pragma once
+#include "micro_kernels.h"
+
+constexpr int BLOCK_K = 64;             // keys in a tile
+constexpr int BLOCK_Q = TILE_N * VW;    // queries in a tile: 48 with AVX-512, 24 with AVX2
+
+// ---- which keys a query sees
+
+ONEPASS_INLINE int64_t first_key(const AttentionProblem& p, int64_t i) {
+  return p.window_left < 0 ? 0 : max_of(0, i + p.shift - p.window_left);
+}
+ONEPASS_INLINE int64_t end_key(const AttentionProblem& p, int64_t i) {
+  return p.window_right < 0 ? p.seqlen_k : max_of(0, min_of(p.seqlen_k, i + p.shift + p.window_right + 1));
+}
+
+struct KeyMask {  // one batch's row of key_mask; data null: every key is seen
+  const uint8_t* data;
+  int64_t stride;
+  bool sees(int64_t j) const { return !data || data[j * stride]; }
+};
+ONEPASS_INLINE KeyMask key_mask_of(const AttentionProblem& p, int64_t b) {
+  return {p.key_mask ? p.key_mask + b * p.key_mask_stride_b : nullptr, p.key_mask_stride_s};
+}
+
+enum class Visible { NONE, SOME, ALL };
+
+ONEPASS_INLINE Visible visible(const AttentionProblem& p, KeyMask mask, int64_t i0, int64_t queries, int64_t j0, int64_t keys) {
+  const int64_t i1 = i0 + queries - 1;
+  if (j0 >= end_key(p, i1) || j0 + keys <= first_key(p, i0)) return Visible::NONE;
+  int64_t seen = keys;
+  if (mask.data) {
+    seen = 0;
+    for (int64_t j = j0; j < j0 + keys; j++) seen += mask.sees(j);
+    if (seen == 0) return Visible::NONE;
+  }
+  const bool all = seen == keys && keys % TILE_M == 0 && first_key(p, i1) <= j0 && j0 + keys <= end_key(p, i0);
+  return all ? Visible::ALL : Visible::SOME;
+}
+
+// Sets the unseen scores of a tile to -inf, the rows that only pad it included; ROWS = keys rounded up to TILE_M.
+template <int N>
+ONEPASS_INLINE void mask_tile(float* S, const AttentionProblem& p, KeyMask mask, int64_t i0, int64_t j0, int64_t keys) {
+  constexpr int LD = N * VW;
+  for (int64_t r = 0; r < round_up(keys, TILE_M); r++) {
+    const int64_t j = j0 + r;
+    // Key j is seen by the queries i0 + lane with low <= lane <= high.
+    int64_t low = p.window_right < 0 ? 0 : j - p.shift - p.window_right - i0;
+    int64_t high = p.window_left < 0 ? LD : j - p.shift + p.window_left - i0;
+    if (r >= keys || !mask.sees(j)) low = LD;
+    if (low <= 0 && high >= LD - 1) continue;
+    const vi lo = broadcast_int((int32_t)max_of(0, min_of(low, LD))), hi = broadcast_int((int32_t)max_of(-1, min_of(high, LD)));
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) {
+      const vi lane = lanes() + n * VW;
+      float* s = S + r * LD + n * VW;
+      store(s, (lane >= lo) & (lane <= hi) ? load(s) : broadcast(NEG_INF));
+    }
+  }
+}
+
+// ---- packing
+
+// dst[d][i] = src[i][d] * scale for i < rows, 0 up to LD; d < depth.
+template <int LD, class T>
+ONEPASS_INLINE void pack_transposed(float* dst, const T* src, int64_t stride_s, int64_t stride_d, int64_t rows, int64_t depth,
+                                    float scale) {
+  const vf factor = broadcast(scale);
+  for (int64_t i = 0; i < LD; i += VW) {
+    int64_t d = 0;
+    if (stride_d == 1)
+      for (; d + VW <= depth; d += VW) {
+        vf block[VW];
+#pragma GCC unroll 16
+        for (int x = 0; x < VW; x++) block[x] = i + x < rows ? load(src + (i + x) * stride_s + d) * factor : (vf){};
+        transpose(block);
+#pragma GCC unroll 16
+        for (int x = 0; x < VW; x++) store(dst + (d + x) * LD + i, block[x]);
+      }
+    for (; d < depth; d++)
+      for (int x = 0; x < VW; x++)
+        dst[d * LD + i + x] = i + x < rows ? to_float(src[(i + x) * stride_s + d * stride_d]) * scale : 0.f;
+  }
+}
+
+// dst[r][d] = src[r][d], widened to fp32 and padded with zeros to `padded_rows` rows of `ld`.
+template <class T>
+ONEPASS_INLINE void pack_rows(float* dst, int64_t ld, int64_t padded_rows, const T* src, int64_t stride_s, int64_t stride_d,
+                              int64_t rows, int64_t depth) {
+  for (int64_t r = 0; r < padded_rows; r++) {
+    int64_t d = 0;
+    if (r < rows) {
+      if (stride_d == 1)
+        for (; d + VW <= depth; d += VW) store(dst + r * ld + d, load(src + r * stride_s + d));
+      for (; d < depth; d++) dst[r * ld + d] = to_float(src[r * stride_s + d * stride_d]);
+    }
+    for (; d < ld; d++) dst[r * ld + d] = 0.f;
+  }
+}
+
+#if ONEPASS_BF16_DOT
+ONEPASS_INLINE __m512i load_words(const bf16* p) { return _mm512_loadu_si512(p); }
+ONEPASS_INLINE void store_words(bf16* p, __m512i v) { _mm512_storeu_si512(p, v); }
+
+// (a0 b0 a1 b1 ...) of the lower and of the upper 16 of 32 bf16.
+ONEPASS_INLINE __m512i pair_low(__m512i a, __m512i b) {
+  const __m512i index = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36,
+                                         4, 35, 3, 34, 2, 33, 1, 32, 0);
+  return _mm512_permutex2var_epi16(a, index, b);
+}
+ONEPASS_INLINE __m512i pair_high(__m512i a, __m512i b) {
+  const __m512i index = _mm512_set_epi16(63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54, 22, 53, 21,
+                                         52, 20, 51, 19, 50, 18, 49, 17, 48, 16);
+  return _mm512_permutex2var_epi16(a, index, b);
+}
+
+// dst[d / 2][i][d % 2] = src[i][d] * sign for i < rows, 0 up to LD; an odd depth is padded with zeros. sign is 1, -1 or 0.
+template <int LD>
+ONEPASS_INLINE void pack_transposed(bf16* dst, const bf16* src, int64_t stride_s, int64_t stride_d, int64_t rows, int64_t depth,
+                                    float sign) {
+  const __m512i flip = _mm512_set1_epi32(sign < 0 ? (int)0x80008000 : 0);
+  for (int64_t i = 0; i < LD; i += VW) {
+    int64_t d = 0;
+    if (stride_d == 1 && sign != 0)
+      for (; d + 2 * VW <= depth; d += 2 * VW) {
+        vf block[VW];
+#pragma GCC unroll 16
+        for (int x = 0; x < VW; x++)
+          block[x] = i + x < rows ? (vf)_mm512_xor_si512(load_words(src + (i + x) * stride_s + d), flip) : (vf){};
+        transpose(block);
+#pragma GCC unroll 16
+        for (int x = 0; x < VW; x++) store_words(dst + ((d / 2 + x) * LD + i) * 2, (__m512i)block[x]);
+      }
+    for (; d < round_up(depth, 2); d++)
+      for (int x = 0; x < VW; x++) {
+        const bool inside = i + x < rows && d < depth;
+        from_float(inside ? to_float(src[(i + x) * stride_s + d * stride_d]) * sign : 0.f, dst + (d / 2 * LD + i + x) * 2 + d % 2);
+      }
+  }
+}
+
+// dst[r][d] = src[r][d], padded with zeros to `padded_rows` rows of `ld`.
+ONEPASS_INLINE void pack_rows(bf16* dst, int64_t ld, int64_t padded_rows, const bf16* src, int64_t stride_s, int64_t stride_d,
+                              int64_t rows, int64_t depth) {
+  for (int64_t r = 0; r < padded_rows; r++)
+    for (int64_t d = 0; d < ld; d++) dst[r * ld + d] = r < rows && d < depth ? src[r * stride_s + d * stride_d] : bf16{0};
+}
+
+// dst[r / 2][d][r % 2] = src[r][d], padded with zeros to an even number of rows and to depth `ld`.
+ONEPASS_INLINE void pack_row_pairs(bf16* dst, int64_t ld, const bf16* src, int64_t stride_s, int64_t stride_d, int64_t rows,
+                                   int64_t depth) {
+  for (int64_t r = 0; r < rows; r += 2) {
+    const bf16 *a = src + r * stride_s, *b = a + stride_s;
+    const bool pair = r + 1 < rows;
+    bf16* out = dst + r * ld;
+    int64_t d = 0;
+    if (stride_d == 1)
+      for (; d + 2 * VW <= depth; d += 2 * VW) {
+        const __m512i low = load_words(a + d), high = pair ? load_words(b + d) : _mm512_setzero_si512();
+        store_words(out + 2 * d, pair_low(low, high));
+        store_words(out + 2 * d + 2 * VW, pair_high(low, high));
+      }
+    for (; d < ld; d++) {
+      out[2 * d] = d < depth ? a[d * stride_d] : bf16{0};
+      out[2 * d + 1] = d < depth && pair ? b[d * stride_d] : bf16{0};
+    }
+  }
+}
+#endif
+
+// ---- tiles of keys and values, in place where their layout allows it
+
+template <class Elem>
+struct Tile {
+  const Elem* data;
+  int64_t stride;  // between keys (Fp32 and key tiles), between pairs of keys (value tiles of Bf16Pairs)
+};
+
+ONEPASS_INLINE bool is_float(const float*) { return true; }
+template <class T>
+ONEPASS_INLINE bool is_float(const T*) { return false; }
+
+// Keys for the product with Q^T: rows of head_dim, a multiple of TILE_M of them.
+template <class T>
+ONEPASS_INLINE Tile<float> key_tile(Fp32, float* scratch, const T* src, int64_t stride_s, int64_t stride_d, int64_t keys, int64_t depth) {
+  if (is_float(src) && stride_d == 1 && keys % TILE_M == 0) return {(const float*)src, stride_s};
+  pack_rows(scratch, depth, round_up(keys, TILE_M), src, stride_s, stride_d, keys, depth);
+  return {scratch, depth};
+}
+// Values for the product with P^T: rows of head_dim_v, padded to a multiple of TILE_M features.
+template <class T>
+ONEPASS_INLINE Tile<float> value_tile(Fp32, float* scratch, const T* src, int64_t stride_s, int64_t stride_d, int64_t keys, int64_t depth) {
+  if (is_float(src) && stride_d == 1 && depth % TILE_M == 0) return {(const float*)src, stride_s};
+  pack_rows(scratch, round_up(depth, TILE_M), keys, src, stride_s, stride_d, keys, depth);
+  return {scratch, round_up(depth, TILE_M)};
+}
+#if ONEPASS_BF16_DOT
+ONEPASS_INLINE Tile<bf16> key_tile(Bf16Pairs, bf16* scratch, const bf16* src, int64_t stride_s, int64_t stride_d, int64_t keys, int64_t depth) {
+  if (stride_d == 1 && keys % TILE_M == 0 && depth % 2 == 0) return {src, stride_s};
+  const int64_t ld = round_up(depth, 2);
+  pack_rows(scratch, ld, round_up(keys, TILE_M), src, stride_s, stride_d, keys, depth);
+  return {scratch, ld};
+}
+ONEPASS_INLINE Tile<bf16> value_tile(Bf16Pairs, bf16* scratch, const bf16* src, int64_t stride_s, int64_t stride_d, int64_t keys, int64_t depth) {
+  const int64_t ld = round_up(depth, TILE_M);
+  pack_row_pairs(scratch, ld, src, stride_s, stride_d, keys, depth);
+  return {scratch, 2 * ld};
+}
+#endif
+
+// ---- the score product
+
+// S^T = K x Q^T for one tile; also the largest score of each query (valid for tiles with nothing masked).
+template <class Compute, int N>
+ONEPASS_INLINE void score_tile(float* S, Tile<typename Compute::Elem> K, int64_t keys, int64_t depth,
+                               const typename Compute::Elem* Qt, float* tile_max) {
+  for (int n = 0; n < N * VW; n++) tile_max[n] = NEG_INF;
+  for (int64_t j = 0; j < keys; j += TILE_M)
+    multiply_tile<Compute, TILE_M, N, Into::OVERWRITE, true>(ceil_div(depth, Compute::STEP), K.data + j * K.stride, K.stride,
+                                                             Compute::STEP, Qt, N * VW * Compute::STEP, S + j * N * VW, N * VW,
+                                                             nullptr, tile_max);
+}
+
+// The scores come out of the product in units of 1 / (softmax_scale * log2 e) or, where Q can carry it, already scaled.
+// sign * magnitude = softmax_scale * log2(e); bf16 products take the sign into Q (exactly) and the magnitude afterwards.
+struct ScoreScale {
+  float into_q, after;
+};
+ONEPASS_INLINE ScoreScale score_scale(Fp32, double softmax_scale) { return {(float)(softmax_scale * 1.4426950408889634), 1.f}; }
+#if ONEPASS_BF16_DOT
+ONEPASS_INLINE ScoreScale score_scale(Bf16Pairs, double softmax_scale) {
+  const float scale = (float)(softmax_scale * 1.4426950408889634);
+  if (scale == 0.f) return {0.f, 1.f};
+  return scale < 0.f ? ScoreScale{-1.f, -scale} : ScoreScale{1.f, scale};
+}
+#endif

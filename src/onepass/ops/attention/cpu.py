@@ -1,0 +1,61 @@
+"""The C++ kernels: packs a call into the argument structs of csrc/abi.h."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from onepass.core import cpu_library
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_UNLIMITED = -1
+_FAR = 1 << 40  # windows are clamped here, so that index arithmetic cannot overflow
+
+# struct AttentionProblem, then the rest of each argument struct: q = int64_t or pointer, d = double.
+_PROBLEM = "12qd3q"
+_TENSOR = "5q"
+_FWD = struct.Struct(f"={_PROBLEM}{4 * _TENSOR}q")
+_BWD = struct.Struct(f"={_PROBLEM}{5 * _TENSOR}2q{3 * _TENSOR}")
+_DECODE = struct.Struct(f"={_PROBLEM}{4 * _TENSOR}3q")
+_MERGE = struct.Struct("=11q")
+
+
+def _window(size: int) -> int:
+    return min(size, _FAR) if size >= 0 else _UNLIMITED
+
+
+def _problem(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, left: int, right: int, bottom_right: bool
+) -> tuple[int | float, ...]:
+    batch, seqlen_q, nheads_q, head_dim = q.shape
+    _, seqlen_k, nheads_kv, head_dim_v = v.shape
+    mask = (0, 0, 0) if key_mask is None else (key_mask.data_ptr(), *key_mask.stride())
+    return (
+        _DTYPES[q.dtype], torch.get_num_threads(),
+        batch, seqlen_q, seqlen_k, nheads_q, nheads_kv, head_dim, head_dim_v,
+        seqlen_k - seqlen_q if bottom_right else 0, _window(left), _window(right), scale, *mask,
+    )  # fmt: skip
+
+
+def _absent() -> tuple[int, ...]:
+    return (0, 0, 0, 0, 0)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None, alibi_slopes: Tensor | None, attn_sink: Tensor | None,
+    key_mask: Tensor | None, rng_state: Tensor | None, softmax_scale: float, window_left: int, window_right: int,
+    bottom_right: bool, softcap: float, dropout_p: float, deterministic: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, seqlen_q, nheads_q, _ = q.shape
+    out = q.new_empty((batch, seqlen_q, nheads_q, v.shape[3]))
+    lse = q.new_empty((batch, nheads_q, seqlen_q), dtype=torch.float32)
+    cpu_library.kernel("attention_fwd")(
+        _FWD.pack(
+            *_problem(q, k, v, key_mask, softmax_scale, window_left, window_right, bottom_right),
+            q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(), out.data_ptr(), *out.stride(),
+            lse.data_ptr(),
+        )
+    )  # fmt: skip
+    return out, lse
