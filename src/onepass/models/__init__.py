@@ -1,0 +1,1 @@
+"""Small, readable models built on the operations: one file a model."""

@@ -1,0 +1,65 @@
+"""The keys and values that a model has already computed, kept for the tokens to come."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["KVCache"]
+
+
+class KVCache:
+    """Keys and values of every layer, ``capacity`` tokens at most.
+
+    ``keys[layer]`` and ``values[layer]`` have the shape (batch, capacity, heads, head_dim) that
+    :func:`onepass.attention_decode` takes. In memory each head's tokens lie one after the other.
+
+    A model calls :meth:`advance` once for the tokens of a step, then :meth:`append` in every layer. ``length`` counts
+    the tokens held, those of the step included; ``lengths`` is the same as an int32 tensor (batch,) on the cache's
+    device, kept so that no step has to build one.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        batch: int,
+        capacity: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (batch, heads, capacity, head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(layers)]
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.capacity = capacity
+        self.length = 0
+
+    def advance(self, count: int) -> int:
+        """Makes room for ``count`` more tokens and returns the position of the first of them."""
+        start = self.length
+        if start + count > self.capacity:
+            raise ValueError(
+                f"the KV cache holds {start} of {self.capacity} tokens: no room for {count} more; "
+                "call reset() and start from the last tokens of the text"
+            )
+        self.length = start + count
+        self.lengths.fill_(self.length)
+        return start
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Stores a step's keys and values (batch, count, heads, head_dim) of one layer; ``advance`` came before."""
+        start = self.length - k.shape[1]
+        self.keys[layer][:, start : self.length] = k
+        self.values[layer][:, start : self.length] = v
+
+    def filled(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Views of the keys and values held: (batch, length, heads, head_dim) each."""
+        return self.keys[layer][:, : self.length], self.values[layer][:, : self.length]
+
+    def reset(self) -> None:
+        """Forgets everything; the memory is kept."""
+        self.length = 0
+        self.lengths.zero_()

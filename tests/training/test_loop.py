@@ -1,0 +1,179 @@
+"""Runs that stop, resume, fail: the numbers and the files they leave."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from onepass.models.weights import load_model
+from onepass.training import loop
+from onepass.training.checkpoint import CheckpointError, load_checkpoint
+from onepass.training.loop import Progress, TrainConfig, learning_rate, train
+
+CONFIG = TrainConfig(
+    context=16, layers=1, heads=2, width=16, dropout=0.1, attention="sdpa", batch=4, steps=12, warmup=3, eval_every=4,
+    eval_windows=8, grad_accum=2, sample=5,
+)  # fmt: skip
+
+
+class SignalAt(Progress):
+    """Sends this process a signal when a step's numbers or a validation are shown."""
+
+    def __init__(self, step, number=signal.SIGTERM):
+        self.step, self.number = step, number
+
+    def begin(self, trainer):
+        original = trainer.train_step
+
+        def train_step():
+            if trainer.step == self.step:
+                os.kill(os.getpid(), self.number)
+            return original()
+
+        trainer.train_step = train_step
+
+
+def losses(out):
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "tokens_per_second"} for record in records]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    train(CONFIG, out)
+    return out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [0, 3, 5, 7])
+def test_a_stopped_and_resumed_run_is_the_run_that_never_stopped(whole, tmp_path, step, number):
+    result = train(CONFIG, tmp_path, progress=SignalAt(step, number))
+    assert result.stopped_by == number and result.step == step + 1
+    assert train(CONFIG, tmp_path, resume=True).step == CONFIG.steps
+    assert losses(tmp_path) == losses(whole)
+    for (name, mine), theirs in zip(
+        load_checkpoint(tmp_path / "checkpoint.pt")["model"].items(),
+        load_checkpoint(whole / "checkpoint.pt")["model"].values(),
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs), name
+    best, expected = (load_model(out / "best.safetensors") for out in (tmp_path, whole))
+    assert best.record == expected.record
+    assert all(torch.equal(a, b) for a, b in zip(best.model.parameters(), expected.model.parameters(), strict=True))
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint(whole, tmp_path):
+    class Killed(Exception):
+        pass
+
+    class KillAt(Progress):
+        def begin(self, trainer):
+            original = trainer.train_step
+
+            def train_step():
+                if trainer.step == 7:
+                    raise Killed
+                return original()
+
+            trainer.train_step = train_step
+
+    with pytest.raises(Killed):
+        train(CONFIG, tmp_path, progress=KillAt())
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')  # later than the checkpoint, and cut off
+    train(CONFIG, tmp_path, resume=True)
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_a_planted_fault_is_caught(whole, tmp_path):
+    """Without the state of the dropout's random numbers the losses differ: the comparison above can fail."""
+    train(CONFIG, tmp_path, progress=SignalAt(5))
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    state["cpu_random"] = torch.Generator().manual_seed(5).get_state()
+    loop.save_checkpoint(tmp_path / "checkpoint.pt", state)
+    train(CONFIG, tmp_path, resume=True)
+    assert losses(tmp_path) != losses(whole)
+
+
+def test_it_learns(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 100)
+    result = train(replace(CONFIG, data=str(text), steps=60, lr=1e-2, dropout=0.0, eval_every=20), tmp_path / "run")
+    assert result.best_loss < 1.0
+    stored = load_model(tmp_path / "run" / "best.safetensors")
+    assert stored.record["step"] == result.best_step and stored.model.config.context == CONFIG.context
+
+
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    train(CONFIG, tmp_path, progress=SignalAt(2))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "metrics.jsonl"}
+
+    def full(descriptor):
+        if full.armed:
+            raise OSError(28, "No space left on device")
+
+    full.armed = False
+
+    class FullDisk(Progress):
+        def begin(self, trainer):
+            full.armed = True
+
+    monkeypatch.setattr("onepass.core.files.os.fsync", full)
+    with pytest.raises(OSError, match="No space left on device; the file that was there is unchanged"):
+        train(CONFIG, tmp_path, resume=True, progress=FullDisk())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "metrics.jsonl"} == before
+
+
+def test_other_runs_are_refused(whole, tmp_path):
+    with pytest.raises(CheckpointError, match="of an earlier run: continue it with --resume"):
+        train(CONFIG, whole)
+    with pytest.raises(CheckpointError, match="no checkpoint .* to resume from"):
+        train(CONFIG, tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="lr was 0.002 and is now 0.001"):
+        train(replace(CONFIG, lr=1e-3), whole, resume=True)
+    text = tmp_path / "text.txt"
+    text.write_text("another text " * 50)
+    with pytest.raises(CheckpointError, match="was trained on another text"):
+        train(replace(CONFIG, data=str(text)), whole, resume=True)
+    (tmp_path / "checkpoint.pt").write_bytes((whole / "checkpoint.pt").read_bytes()[:500])
+    with pytest.raises(CheckpointError, match="damaged or cut short"):
+        train(CONFIG, tmp_path, resume=True)
+
+
+def test_signal_handlers_and_random_state_are_put_back(tmp_path):
+    handlers, state = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)], torch.get_rng_state()
+    train(replace(CONFIG, steps=1), tmp_path)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_learning_rate():
+    config = TrainConfig(steps=110, warmup=10, lr=1.0, min_lr=0.1)
+    assert learning_rate(config, 0) == pytest.approx(0.1)
+    assert learning_rate(config, 10) == pytest.approx(1.0)
+    assert learning_rate(config, 60) == pytest.approx(0.55)
+    assert learning_rate(config, 110) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"steps": 0}, "steps is 0"), ({"lr": 0.0}, "lr is 0.0"), ({"min_lr": 1.0}, "above"), ({"dtype": "fp8"}, "fp8")],
+)
+def test_wrong_settings(change, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**change)
+
+
+def test_a_diverged_run_stops_and_keeps_its_checkpoint(tmp_path):
+    class Diverge(Progress):
+        def begin(self, trainer):
+            original = trainer.loss
+            trainer.loss = lambda x, y: original(x, y) * (float("nan") if trainer.step >= 6 else 1.0)
+
+    with pytest.raises(loop.DivergedError, match="the loss of step 7 is nan; the last checkpoint is from before it"):
+        train(CONFIG, tmp_path, progress=Diverge())
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 4
