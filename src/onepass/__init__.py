@@ -1,0 +1,13 @@
+"""onepass: fused transformer kernels. Each operation reads its inputs once and writes its result once.
+
+One public function per operation serves every machine; `explain` tells what a call would run, `use_backend` decides it.
+Importing this package needs torch alone.
+"""
+
+from onepass.core.errors import UnsupportedError
+from onepass.core.registry import explain, use_backend
+from onepass.ops.attention.api import attention, attention_decode, merge_attention
+
+__version__ = "0.1.0"
+
+__all__ = ["UnsupportedError", "attention", "attention_decode", "explain", "merge_attention", "use_backend"]

@@ -1,0 +1,71 @@
+"""Checks that name the argument, what came, what was expected and what to do.
+
+They run only when an operation's cheap comparison has failed, or for arguments that are rarely given: nothing here is on
+the path of a plain, valid call.
+"""
+
+import difflib
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def describe(tensor: Tensor) -> str:
+    """ "float32 (2, 16, 4, 64) on cpu"."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {shape(tensor)} on {tensor.device}"
+
+
+def shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def require_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def require_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    if tensor.dtype not in allowed:
+        names = " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in allowed))
+        raise TypeError(f"{name} must be {names}, got {describe(tensor)}")
+
+
+def require_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on q's device {device}, got {describe(tensor)}")
+
+
+def require_shape(name: str, tensor: Tensor, allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    """`allowed` maps a shape as the documentation spells it, "(batch, seqlen_k)", to its sizes in this call."""
+    sizes = tuple(tensor.shape)
+    if all(sizes != expected for expected in allowed.values()):
+        wanted = " or ".join(f"{spelled} = {expected}" for spelled, expected in allowed.items())
+        raise ValueError(f"{name} must be {wanted}, got {shape(tensor)}")
+
+
+def require_no_grad(name: str, tensor: Tensor, advice: str) -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} has requires_grad=True, but it receives no gradient: {advice}")
+
+
+def finite_float(name: str, value: Any) -> float:
+    """`value` as a float; TypeError when it is no plain number, ValueError when NaN or infinite."""
+    if isinstance(value, Tensor) or not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    result = float(value)
+    if not math.isfinite(result):
+        raise ValueError(f"{name} must be finite, got {result}")
+    return result
+
+
+def unknown_argument(function: str, name: str, known: Sequence[str], hints: Mapping[str, str]) -> TypeError:
+    """The error for a keyword a function lacks: `hints` answer other libraries' spellings, else the nearest name."""
+    advice = hints.get(name)
+    if advice is None:
+        near = difflib.get_close_matches(name, known, n=1)
+        advice = f"did you mean {near[0]}=?" if near else f"its options are {', '.join(known)}"
+    return TypeError(f"{function}() got an unexpected keyword argument {name!r}: {advice}")

@@ -1,0 +1,213 @@
+"""How a backend is chosen: tables of kernels, the reasons each refuses a call, and one cached lookup.
+
+An operation's `kernels.py` holds one `KernelTable` per direction (forward, backward, ...). A spec is a hashable tuple of
+the facts the choice depends on, never raw lengths, so the cache stays small and a call costs one dictionary lookup.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from onepass.core.errors import UnsupportedError
+
+Launcher = Callable[..., Any]
+
+
+def _no_reasons(spec: Any) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row of a table.
+
+    `unsupported(spec)` gives the reasons for which the kernel cannot do a call; `slow(spec)` what it does, but slowly.
+    `launcher` is the import path "module:function"; the module is imported when the kernel is first chosen.
+    """
+
+    backend: str
+    priority: int
+    unsupported: Callable[[Any], list[str]]
+    launcher: str
+    slow: Callable[[Any], list[str]] = _no_reasons
+    by_name_only: bool = False
+
+    def load(self) -> Launcher:
+        module, _, function = self.launcher.partition(":")
+        launcher: Launcher = getattr(importlib.import_module(module), function)
+        return launcher
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one kernel says to one spec."""
+
+    backend: str
+    reasons: list[str]
+    slow: list[str]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which kernel of a table takes a spec, and why each other one does not."""
+
+    op: str
+    backend: str | None
+    verdicts: list[Verdict]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend or 'no backend can do this call'}"]
+        for verdict in self.verdicts:
+            if verdict.backend == self.backend:
+                lines += [f"  {verdict.backend}: chosen", *(f"    slow: {remark}" for remark in verdict.slow)]
+            else:
+                lines.append(f"  {verdict.backend}: {'; '.join(verdict.reasons)}")
+        return "\n".join(lines)
+
+
+@dataclass
+class KernelTable:
+    """The kernels of one direction of one operation, the highest priority first."""
+
+    op: str
+    kernels: Sequence[Kernel]
+    launchers: dict[tuple[Any, str], Launcher] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.kernels = sorted(self.kernels, key=lambda kernel: -kernel.priority)
+
+    @property
+    def backends(self) -> list[str]:
+        return [kernel.backend for kernel in self.kernels]
+
+    def forget(self) -> None:
+        """Drops the cached choices (for tests that replace a launcher)."""
+        self.launchers.clear()
+
+
+@dataclass(frozen=True)
+class SupportTable:
+    """What the documentation shows of a kernel table: a spec for each feature a reader asks about."""
+
+    title: str
+    table: KernelTable
+    features: Callable[[], Mapping[str, Any]]
+
+
+def select(table: KernelTable, spec: Any, backend: str = "") -> Launcher:
+    """The launcher that takes `spec`: the best kernel without reasons against it, or the one named by `backend`.
+
+    Raises UnsupportedError with every kernel's reasons when none can, ValueError for a name the table lacks.
+    """
+    try:
+        return table.launchers[spec, backend]
+    except KeyError:
+        pass
+    choice = choose(table, spec, backend)
+    if choice.backend is None:
+        raise UnsupportedError(f"{choice}\n  the call: {_describe(spec)}")
+    kernel = next(kernel for kernel in table.kernels if kernel.backend == choice.backend)
+    launcher = table.launchers[spec, backend] = kernel.load()
+    return launcher
+
+
+def choose(table: KernelTable, spec: Any, backend: str = "") -> Choice:
+    """Every kernel's verdict on `spec`, and the winner's name."""
+    if backend and backend not in table.backends:
+        raise ValueError(f"backend={backend!r} is unknown to {table.op}: its backends are {', '.join(table.backends)}")
+    chosen: str | None = None
+    verdicts = []
+    for kernel in table.kernels:
+        reasons = kernel.unsupported(spec)
+        if not reasons:
+            if backend and kernel.backend != backend:
+                reasons = [f"backend={backend!r} was asked for"]
+            elif kernel.by_name_only and not backend:
+                reasons = [f"used only when asked for by name (backend={kernel.backend!r})"]
+            elif chosen is not None:
+                reasons = [f"{chosen} has the higher priority"]
+            else:
+                chosen = kernel.backend
+        verdicts.append(Verdict(kernel.backend, reasons, kernel.slow(spec)))
+    return Choice(table.op, chosen, verdicts)
+
+
+def _describe(spec: Any) -> str:
+    fields = spec._asdict()
+    return ", ".join(f"{name}={value}" for name, value in fields.items() if value is not False)
+
+
+# What `use_backend` has set; "" leaves the choice to the tables. It is read in each operation's api.py alone.
+_backend_in_use: ContextVar[str] = ContextVar("onepass_backend", default="")
+backend_in_use = _backend_in_use.get
+
+
+class use_backend:
+    """Context manager: inside it every operation uses the backend `name`, or raises UnsupportedError.
+
+    The name is resolved when an operation is called and travels with it into its backward. An argument `backend=` of a
+    call goes before it. The setting belongs to the current thread or asyncio task.
+
+        with onepass.use_backend("reference"):
+            out = onepass.attention(q, k, v)
+    """
+
+    def __init__(self, name: str) -> None:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"use_backend takes a backend's name, for example 'cpu', got {name!r}")
+        self.name = name
+        self._tokens: list[Token[str]] = []
+
+    def __enter__(self) -> "use_backend":
+        self._tokens.append(_backend_in_use.set(self.name))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _backend_in_use.reset(self._tokens.pop())
+
+
+# explain("attention", ...) finds here what to ask; each operation's api.py adds its own.
+_explainers: dict[str, Callable[..., list[Choice]]] = {}
+
+
+def explains(op: str) -> Callable[[Callable[..., list[Choice]]], Callable[..., list[Choice]]]:
+    """Decorator of a function that takes a public function's arguments and returns the choices it would make."""
+
+    def add(function: Callable[..., list[Choice]]) -> Callable[..., list[Choice]]:
+        _explainers[op] = function
+        return function
+
+    return add
+
+
+class Explanation(list[Choice]):
+    """The choices one call makes, one for each kernel it needs; printing it reads as a report."""
+
+    def __str__(self) -> str:
+        return "\n".join(str(choice) for choice in self)
+
+    __repr__ = __str__
+
+    @property
+    def backends(self) -> Iterator[str | None]:
+        return (choice.backend for choice in self)
+
+
+def explain(op: str, *args: Any, **options: Any) -> Explanation:
+    """What `onepass.<op>(*args, **options)` would run, and why each other backend was not chosen. Nothing is computed.
+
+        >>> print(onepass.explain("attention", q, k, v, causal=True))
+        attention forward: cpu
+          cpu: chosen
+          reference: used only when asked for by name (backend='reference')
+
+    Arguments are checked as the call itself checks them. Raises ValueError for an unknown operation.
+    """
+    if op not in _explainers:
+        raise ValueError(f"explain knows no operation {op!r}: choose from {', '.join(sorted(_explainers))}")
+    return Explanation(_explainers[op](*args, **options))

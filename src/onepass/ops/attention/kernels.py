@@ -1,0 +1,134 @@
+"""The kernels of attention: who can do what, in which order they are tried, and the reasons of each refusal."""
+
+import torch
+
+from onepass.core import cpu_library
+from onepass.core.registry import Kernel, KernelTable, SupportTable
+from onepass.ops.attention.spec import AttentionSpec, MergeSpec
+
+_CPU = "onepass.ops.attention.cpu"
+_REFERENCE = "onepass.ops.attention.reference"
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CPU_MAX_HEAD_DIM = 256
+
+
+def _cpu_machine(arch: str, dtype: torch.dtype) -> list[str]:
+    reasons = []
+    if arch != "cpu":
+        reasons.append(f"tensors are on {arch}")
+    elif (problem := cpu_library.unavailable()) is not None:
+        reasons.append(problem)
+    if dtype not in _CPU_DTYPES:
+        reasons.append(f"dtype {_name(dtype)}: float32, bfloat16 and float16 only")
+    return reasons
+
+
+def _cpu_unsupported(spec: AttentionSpec) -> list[str]:
+    reasons = _cpu_machine(spec.arch, spec.dtype)
+    for name, size in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
+        if size > _CPU_MAX_HEAD_DIM:
+            reasons.append(f"{name} {size} is above {_CPU_MAX_HEAD_DIM}")
+    options = {
+        "softcap": spec.softcap,
+        "alibi_slopes": spec.alibi,
+        "attn_bias": spec.bias,
+        "attn_sink": spec.sink,
+        "dropout": spec.dropout,
+        "paged caches": spec.paged,
+        "k_descale and v_descale": spec.quantized,
+    }
+    reasons += [f"no {option} yet" for option, given in options.items() if given]
+    return reasons
+
+
+def _cpu_merge_unsupported(spec: MergeSpec) -> list[str]:
+    return _cpu_machine(spec.arch, spec.dtype)
+
+
+def _reference_unsupported(spec: AttentionSpec | MergeSpec) -> list[str]:
+    if spec.dtype in (torch.float64, *_CPU_DTYPES):
+        return []
+    return [f"dtype {_name(spec.dtype)}: float64, float32, bfloat16 and float16 only"]
+
+
+def _reference_slow(spec: AttentionSpec | MergeSpec) -> list[str]:
+    return ["plain PyTorch: the definition, holds every score in memory"]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _table(op: str, function: str) -> KernelTable:
+    merging = function.startswith("merge")
+    return KernelTable(
+        op,
+        [
+            Kernel("cpu", 10, _cpu_merge_unsupported if merging else _cpu_unsupported, f"{_CPU}:{function}"),
+            Kernel(
+                "reference", 0, _reference_unsupported, f"{_REFERENCE}:{function}", _reference_slow, by_name_only=True
+            ),
+        ],
+    )
+
+
+FORWARD = _table("attention forward", "forward")
+BACKWARD = _table("attention backward", "backward")
+DECODE = _table("attention_decode", "decode")
+MERGE = _table("merge_attention forward", "merge")
+MERGE_BACKWARD = _table("merge_attention backward", "merge_backward")
+
+
+def _attention_features() -> dict[str, AttentionSpec]:
+    """One spec for each thing a reader of the support table asks about."""
+    plain = AttentionSpec("cpu", torch.float32, 64, 64)
+    return {
+        "float32": plain,
+        "bfloat16": plain._replace(dtype=torch.bfloat16),
+        "float16": plain._replace(dtype=torch.float16),
+        "float64": plain._replace(dtype=torch.float64),
+        "head_dim up to 256": plain._replace(head_dim=256, head_dim_v=256),
+        "head_dim above 256": plain._replace(head_dim=512, head_dim_v=512),
+        "head_dim_v != head_dim": plain._replace(head_dim=192, head_dim_v=128),
+        "grouped and multi-query heads": plain._replace(group=4),
+        "causal, bottom_right": plain._replace(limited_right=True),
+        "causal, top_left": plain._replace(limited_right=True, bottom_right=False),
+        "window_size": plain._replace(limited_left=True, limited_right=True),
+        "key_mask": plain._replace(key_mask=True),
+        "softcap": plain._replace(softcap=True),
+        "alibi_slopes": plain._replace(alibi=True),
+        "attn_bias": plain._replace(bias=True),
+        "attn_sink": plain._replace(sink=True),
+        "dropout_p": plain._replace(dropout=True),
+        "deterministic": plain._replace(deterministic=True),
+    }
+
+
+def _backward_features() -> dict[str, AttentionSpec]:
+    needs = {"attn_bias": {"need_dbias": True}, "attn_sink": {"need_dsink": True}}
+    return {
+        name: spec._replace(need_dq=True, need_dkv=True, **needs.get(name, {}))
+        for name, spec in _attention_features().items()
+    }
+
+
+def _decode_features() -> dict[str, AttentionSpec]:
+    features = _attention_features()
+    left_out = ("key_mask", "attn_bias", "dropout_p", "deterministic", "causal, top_left")
+    plain = features["float32"]
+    kept = {name.replace(", bottom_right", ""): spec for name, spec in features.items() if name not in left_out}
+    return kept | {"page_table": plain._replace(paged=True), "k_descale, v_descale": plain._replace(quantized=True)}
+
+
+def _merge_features() -> dict[str, MergeSpec]:
+    return {_name(dtype): MergeSpec("cpu", dtype, 64) for dtype in (*_CPU_DTYPES, torch.float64)}
+
+
+# What `python -m onepass.core.support_table` writes into the README and docs/backends.md.
+SUPPORT = [
+    SupportTable("attention", FORWARD, _attention_features),
+    SupportTable("attention, backward", BACKWARD, _backward_features),
+    SupportTable("attention_decode", DECODE, _decode_features),
+    SupportTable("merge_attention", MERGE, _merge_features),
+    SupportTable("merge_attention, backward", MERGE_BACKWARD, _merge_features),
+]
