@@ -1,0 +1,72 @@
+"""The C++ kernels under AddressSanitizer and UBSan: out-of-bounds reads and writes and undefined arithmetic end the run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from onepass.core import cpu_library
+
+ROOT = Path(__file__).parents[2]
+REPORTS = ("AddressSanitizer", "runtime error:")
+
+
+def runtime(name: str) -> Path:
+    """A sanitizer's runtime as the compiler finds it; skips where it is not installed."""
+    found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(found).is_absolute():
+        pytest.skip(f"{name} is not installed beside g++")
+    return Path(found).resolve()
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The C++ library built with both sanitizers."""
+    runtime("libasan.so")
+    folder = tmp_path_factory.mktemp("sanitized")
+    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-DONEPASS_SANITIZE=ON"]
+    for command in (configure, ["cmake", "--build", str(folder), "-j2"]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "libonepass_cpu.so"
+
+
+def run_sanitized(library: Path, isa: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Python with the sanitizers' runtime loaded first; the interpreter's own leaks are not our business."""
+    environment = os.environ | {
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
+        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:exitcode=66",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        "ONEPASS_CPU_LIBRARY": str(library),
+        "ONEPASS_CPU_ISA": isa,
+        "OMP_NUM_THREADS": "2",
+    }
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", cpu_library.isas())
+def test_kernels(library, isa):
+    done = run_sanitized(library, isa, str(Path(__file__).parent / "driver.py"))
+    assert done.returncode == 0, done.stdout + done.stderr[-8000:]
+    assert not any(report in done.stderr for report in REPORTS), done.stderr[-8000:]
+    assert "all kernels ran" in done.stdout
+
+
+@pytest.mark.slow
+def test_an_overrun_is_caught(library):
+    """The check must be able to fail: a kernel that is told of one more row than there is."""
+    code = (
+        "import struct, torch\n"
+        "from onepass.core import cpu_library\n"
+        "outs, lses = torch.zeros(2, 1, 64, 1, 64), torch.zeros(2, 1, 1, 64)\n"
+        "out, lse = torch.zeros(1, 64, 1, 64), torch.zeros(1, 1, 64)\n"
+        "sizes = (0, 1, 2, 1, 65, 1, 64)  # dtype, threads, parts, batch, seqlen (one too many), heads, head_dim\n"
+        "pointers = (x.data_ptr() for x in (outs, lses, out, lse))\n"
+        "cpu_library.kernel('merge_attention')(struct.pack('=11q', *sizes, *pointers))\n"
+    )
+    done = run_sanitized(library, cpu_library.isas()[0], "-c", code)
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
