@@ -67,7 +67,7 @@ def generate(model: CachedModel, prompt: Tensor, config: SampleConfig | None = N
     """Yields ``config.tokens`` tokens that continue ``prompt``, each as soon as it is drawn.
 
     ``prompt`` is int64 (length,) on the model's device, at least one token; of a prompt longer than the context
-    the last ``context`` tokens are read. The model should be in ``eval`` mode. Nothing of the global random state is used.
+    the last ``context`` tokens are read. The model should be in ``eval`` mode. The global random state is not used.
     """
     config = config or SampleConfig()
     if prompt.ndim != 1 or prompt.numel() == 0:

@@ -53,7 +53,7 @@ def test_shakespeare_offline(tmp_path, monkeypatch):
         raise urllib.error.URLError("Name or service not known")
 
     monkeypatch.setattr(data.urllib.request, "urlopen", offline)
-    with pytest.raises(DataError, match=r"could not be downloaded \(Name or service not known\). Without a network: copy"):
+    with pytest.raises(DataError, match=r"could not be downloaded \(Name or service not known\). Without a network"):
         load_text("shakespeare", tmp_path)
 
 

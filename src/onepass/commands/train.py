@@ -34,7 +34,8 @@ class ConsoleProgress(Progress):
         self.console.print(f"number of parameters: {count:.2f}M", highlight=False)
         self.console.print(
             f"text: {len(trainer.data.train):,} characters to train on, "
-            f"{len(trainer.data.validation):,} to validate with, {len(trainer.data.tokenizer)} different; {trainer.tokens_per_step:,} tokens a step",
+            f"{len(trainer.data.validation):,} to validate with, {len(trainer.data.tokenizer)} different; "
+            f"{trainer.tokens_per_step:,} tokens a step",
             highlight=False,
         )
         if trainer.step:
@@ -112,7 +113,8 @@ def gpt(ctx: click.Context, out: Path, resume: bool, export: Path | None, **sett
     result = train(config, out, resume=resume, progress=progress)
     _draw(out, console)
     if result.stopped_by is not None:
-        console.print(f"stopped by {result.stopped_by.name} after step {result.step}; saved in {out}: --resume continues")
+        name = result.stopped_by.name
+        console.print(f"stopped by {name} after step {result.step}; saved in {out}: --resume continues")
         sys.exit(128 + result.stopped_by)
     console.print(f"best validation loss {result.best_loss:.4f} at step {result.best_step}; {out / 'best.safetensors'}")
     if export is not None:
@@ -138,9 +140,7 @@ def _export(config: TrainConfig, out: Path, target: Path, console: Console) -> N
     settings = dataclasses.asdict(config)
     for of_this_machine in ("data", "data_dir", "sample"):
         del settings[of_this_machine]
-    record = export_model(
-        out / "best.safetensors", target, data, torch.device(config.device), {"training": settings}
-    )
+    record = export_model(out / "best.safetensors", target, data, torch.device(config.device), {"training": settings})
     for name, value in record.items():
         if isinstance(value, float):
             console.print(f"{name}: {value:.4f}", highlight=False)

@@ -64,7 +64,8 @@ def export_model(
 ) -> dict[str, Any]:
     """Copies a stored model to ``target`` with a record of how well the stored bf16 weights predict the last tenth.
 
-    The computation is in fp32. ``validation_loss`` is the mean over windows side by side and all their positions. A model with a long context also gets its mean at positions 256-1023 and 1024-2047, over windows that overlap (a
+    The computation is in fp32. ``validation_loss`` is the mean over windows side by side and all their positions. A
+    model with a long context also gets its mean at positions 256-1023 and 1024-2047, over windows that overlap (a
     stride of an eighth of the context), so that both bands cover the same text. Returns the record.
     """
     stored = load_model(source, device=device)

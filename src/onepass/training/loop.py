@@ -1,9 +1,9 @@
 """The training loop: windows of text in, a model, its checkpoints and its metrics out.
 
 A run's folder holds ``checkpoint.pt`` (what the next step depends on), ``best.safetensors`` (the weights with the
-lowest validation loss so far, bf16), ``metrics.jsonl`` and ``losses.png``. A run that is stopped and resumed goes through
-the same numbers, bit for bit, as one that never stopped (on one machine, with the same number of threads; on a GPU as
-far as its attention's backward is deterministic).
+lowest validation loss so far, bf16), ``metrics.jsonl`` and ``losses.png``. A run that is stopped and resumed goes
+through the same numbers, bit for bit, as one that never stopped (on one machine, with the same number of threads; on a
+GPU as far as its attention's backward is deterministic).
 """
 
 from __future__ import annotations
@@ -29,7 +29,16 @@ from onepass.training.evaluation import position_losses, spread_starts
 from onepass.training.interrupt import StopRequest
 from onepass.training.metrics import MetricsLog
 
-__all__ = ["DivergedError", "Progress", "TrainConfig", "TrainResult", "Trainer", "learning_rate", "saved_config", "train"]
+__all__ = [
+    "DivergedError",
+    "Progress",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "learning_rate",
+    "saved_config",
+    "train",
+]
 
 LOG_EVERY = 10  # steps between two lines of metrics; on a GPU also between two waits for it
 FREE_ON_RESUME = ("data", "data_dir", "device", "sample")  # the text itself is compared by its sha256
