@@ -9,7 +9,12 @@ try:
     import click
     import rich  # noqa: F401  (every command draws with it: better to say so here, once)
 except ModuleNotFoundError as error:
-    raise SystemExit(f"onepass: the command line needs {error.name}. Install it with: pip install 'onepass[cli]'") from None
+    raise SystemExit(
+        f"onepass: the command line needs {error.name}. Install it with: pip install 'onepass[cli]'"
+    ) from None
+
+import onepass
+from onepass.core.cpu_library import CpuLibraryError
 
 COMMANDS = {
     "info": "What this machine has, and which kernels it can run.",
@@ -22,7 +27,15 @@ COMMANDS = {
 }
 
 # What library code raises for a user to read: shown as one line, without a traceback.
-USER_ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, MemoryError)
+USER_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    MemoryError,
+    onepass.UnsupportedError,
+    CpuLibraryError,
+)
 
 
 class LazyCommands(click.Group):
@@ -45,19 +58,17 @@ class LazyCommands(click.Group):
 
 @click.group(cls=LazyCommands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--traceback", is_flag=True, expose_value=False, help="Show where an error came from.")
-@click.version_option(package_name="onepass", message="onepass %(version)s")
+@click.version_option(onepass.__version__, message="onepass %(version)s")
 def cli() -> None:
     """onepass: fused transformer kernels that read memory once."""
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 a check or comparison failed, 2 the request was wrong, 130 interrupted."""
-    import onepass
-
     args = sys.argv[1:] if args is None else args
     try:
         cli.main(args, prog_name="onepass", standalone_mode=True)
-    except (*USER_ERRORS, onepass.UnsupportedError) as error:
+    except USER_ERRORS as error:
         if "--traceback" in args:
             raise
         click.echo(f"onepass: {error}", err=True)

@@ -1,0 +1,101 @@
+"""Facts that every result carries: the device, its clocks, the versions, the commit."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+import onepass
+from onepass.core import cpu_library
+
+CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+
+
+def _first_line(path: Path) -> str:
+    return path.read_text().splitlines()[0].strip() if path.is_file() else ""
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's entry in /proc/cpuinfo; empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    entry = path.read_text().split("\n\n")[0] if path.is_file() else ""
+    pairs = (line.split(":", 1) for line in entry.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def cpu_model() -> str:
+    """The processor's name as the system tells it, e.g. "AMD EPYC 9654 96-Core Processor"."""
+    info = _cpuinfo()
+    return info.get("model name") or info.get("CPU part") or platform.processor() or platform.machine()
+
+
+def device_slug() -> str:
+    """A folder name for results of this kind of machine: processor, cores, widest ISA, e.g. "amd-epyc-9654-2-cores-avx512-bf16"."""
+    info = _cpuinfo()
+    # Cloud machines often hide the model's number; family and model of the processor tell the generation.
+    numbers = f"family {info['cpu family']} model {info['model']}" if {"cpu family", "model"} <= info.keys() else ""
+    text = f"{cpu_model()} {numbers} {core_count()} cores {cpu_library.isas()[-1]}"
+    text = re.sub(r"\((r|tm)\)|\bprocessor\b|\bcpu\b|@.*?ghz", " ", text.lower())
+    return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
+
+
+def core_count() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def clocks() -> dict[str, float | str]:
+    """Clock facts where the system shows them: current and highest MHz, and the governor."""
+    found: dict[str, float | str] = {}
+    if "cpu MHz" in (info := _cpuinfo()):
+        found["cpuinfo_mhz"] = float(info["cpu MHz"])
+    for name in ("scaling_cur_freq", "cpuinfo_max_freq"):
+        if text := _first_line(CPUFREQ / name):
+            found[f"{name.removesuffix('_freq')}_mhz"] = int(text) / 1000.0
+    if governor := _first_line(CPUFREQ / "scaling_governor"):
+        found["governor"] = governor
+    return found
+
+
+def _git(folder: Path, *args: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=10)
+    except FileNotFoundError:  # git is not installed
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def commit() -> str:
+    """The commit of the source checkout that is the working directory, "-dirty" when files differ; empty elsewhere."""
+    here = Path.cwd()
+    if not (here / "src" / "onepass").is_dir():
+        return ""
+    name = _git(here, "rev-parse", "HEAD")
+    return f"{name}-dirty" if name and _git(here, "status", "--porcelain", "--untracked-files=no") else name
+
+
+def facts(num_threads: int) -> dict[str, object]:
+    """Everything a reader needs to judge a figure measured now."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device_slug(),
+        "cpu": cpu_model(),
+        "cores": core_count(),
+        "threads": num_threads,
+        "isa": cpu_library.isa(),
+        "isas": list(cpu_library.isas()),
+        "clocks": clocks(),
+        "load_average": float(_first_line(Path("/proc/loadavg")).split(" ")[0] or "nan"),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "onepass": onepass.__version__,
+        "commit": commit(),
+    }
