@@ -66,7 +66,7 @@ struct LabAttentionArgs {
   int64_t num_threads;
   int64_t batch, seqlen_q, seqlen_k, nheads_q, nheads_kv, head_dim, head_dim_v;
   int64_t causal;            // 1 = query i sees keys j <= i + seqlen_k - seqlen_q
-  int64_t block_q, block_k;  // at least 1; of use to the blocked and flash steps
+  int64_t block_q, block_k;  // at least 1
   double softmax_scale;
   Tensor4 q, k, v, out;
   int64_t* working_memory;  // receives the bytes taken beyond inputs and output, or null
