@@ -1,2 +1,385 @@
-#include "simd.h"
-extern "C" int ONEPASS_KERNEL(attention_bwd)(const AttentionBwdArgs*) { return ONEPASS_OK; }
+// Attention backward (FlashAttention-2, Dao 2023, turned for vector lanes). With P = exp(scores - lse), recomputed tile by tile,
+//
+//   dV = P^T dO      dP = dO V^T      dS = P * (dP - delta)      dQ = scale * dS K      dK = scale * dS^T Q
+//
+// where delta = rowsum(dO * O) - dlse. Five products a tile, all on transposed tiles (keys x queries).
+//
+// One piece of work is a KV head and a range of its keys, against all queries of all heads that share it: dK and dV of the
+// range are complete at its end, with no atomics. Where heads alone do not keep all cores busy the keys are cut into
+// several ranges; each then leaves its own part of dQ, and the parts are added in order, so results repeat bit for bit.
+#include "attention_tile.h"
+#include "workspace.h"
+
+namespace {
+
+struct Plan {
+  int64_t ranges;      // key ranges a head
+  int64_t range_keys;  // keys in each, a multiple of BLOCK_K
+  float* dq_parts;     // (ranges, batch, nheads_q, seqlen_q, head_dim) when ranges > 1
+};
+
+template <class Compute>
+struct Scratch {
+  typedef typename Compute::Elem Elem;
+  // Of the key range: its dK and dV so far, and K and V in the layouts of the products.
+  float *dK, *dV;
+  Elem *K, *V, *K_pairs;
+  // Of the query block.
+  Elem *Qt, *dOt, *Q_rows, *dO_rows;
+  float *dQt, *lse, *delta;
+  // Of the tile: scores and dP; then weights and dS by rows of keys, and dS as the dQ product reads it.
+  float *S, *dP, *tile_max;
+  Elem *P_rows, *dS_rows, *dS;
+  int64_t ld, ld_v;              // row length of dK and dV: whole vectors
+  int64_t key_depth, val_depth;  // head_dim and head_dim_v padded to TILE_M
+
+  Scratch(Workspace& w, const AttentionProblem& p, int64_t keys) {
+    ld = round_up(p.head_dim, VW * Compute::STEP);
+    ld_v = round_up(p.head_dim_v, VW * Compute::STEP);
+    key_depth = round_up(p.head_dim, TILE_M);
+    val_depth = round_up(p.head_dim_v, TILE_M);
+    dK = w.take<float>(keys * ld);
+    dV = w.take<float>(keys * ld_v);
+    K = w.take<Elem>(keys * key_depth);
+    V = w.take<Elem>(keys * val_depth);
+    K_pairs = Compute::STEP == 1 ? K : w.take<Elem>(keys * key_depth);
+    Qt = w.take<Elem>(key_depth * BLOCK_Q);
+    dOt = w.take<Elem>(val_depth * BLOCK_Q);
+    Q_rows = w.take<Elem>(ld * BLOCK_Q);
+    dO_rows = w.take<Elem>(ld_v * BLOCK_Q);
+    dQt = w.take<float>(key_depth * BLOCK_Q);
+    lse = w.take<float>(BLOCK_Q);
+    delta = w.take<float>(BLOCK_Q);
+    S = w.take<float>(BLOCK_K * BLOCK_Q);
+    dP = w.take<float>(BLOCK_K * BLOCK_Q);
+    tile_max = w.take<float>(BLOCK_Q);
+    P_rows = Compute::STEP == 1 ? (Elem*)S : w.take<Elem>(BLOCK_K * BLOCK_Q);
+    dS_rows = Compute::STEP == 1 ? (Elem*)dP : w.take<Elem>(BLOCK_K * BLOCK_Q);
+    dS = Compute::STEP == 1 ? (Elem*)dP : w.take<Elem>(BLOCK_K * BLOCK_Q);
+  }
+};
+
+// The query block's rows, for the products that sum over queries; in place where the layout allows.
+template <class T>
+ONEPASS_INLINE Tile<float> query_rows(Fp32, float* scratch, int64_t ld, const T* src, int64_t stride_s, int64_t stride_d, int64_t rows,
+                                      int64_t depth) {
+  if (is_float(src) && stride_d == 1 && depth == ld) return {(const float*)src, stride_s};
+  pack_rows(scratch, ld, rows, src, stride_s, stride_d, rows, depth);
+  return {scratch, ld};
+}
+#if ONEPASS_BF16_DOT
+ONEPASS_INLINE Tile<bf16> query_rows(Bf16Pairs, bf16* scratch, int64_t ld, const bf16* src, int64_t stride_s, int64_t stride_d,
+                                     int64_t rows, int64_t depth) {
+  pack_row_pairs(scratch, ld, src, stride_s, stride_d, rows, depth);
+  return {scratch, 2 * ld};
+}
+#endif
+
+// K for dQ^T = K^T dS: rows (Fp32, the tile itself) or pairs of keys, features padded to TILE_M.
+ONEPASS_INLINE Tile<float> keys_by_feature(Fp32, float*, Tile<float> K, int64_t, const float*, int64_t, int64_t, int64_t, int64_t) { return K; }
+template <class T>
+ONEPASS_INLINE Tile<float> keys_by_feature(Fp32, float*, Tile<float> K, int64_t, const T*, int64_t, int64_t, int64_t, int64_t) { return K; }
+#if ONEPASS_BF16_DOT
+ONEPASS_INLINE Tile<bf16> keys_by_feature(Bf16Pairs, bf16* scratch, Tile<bf16>, int64_t ld, const bf16* src, int64_t stride_s,
+                                          int64_t stride_d, int64_t keys, int64_t depth) {
+  pack_row_pairs(scratch, ld, src, stride_s, stride_d, keys, depth);
+  return {scratch, 2 * ld};
+}
+#endif
+
+// Rows of a key range: in place, or copied with padding (whole tiles of TILE_M keys, `ld` features).
+template <class Elem, class T>
+ONEPASS_INLINE Tile<Elem> range_rows(Elem* scratch, int64_t ld, bool in_place, const T* src, int64_t stride_s, int64_t stride_d, int64_t keys,
+                                     int64_t depth) {
+  if (in_place) return {(const Elem*)src, stride_s};
+  pack_rows(scratch, ld, round_up(keys, TILE_M), src, stride_s, stride_d, keys, depth);
+  return {scratch, ld};
+}
+template <class T>
+ONEPASS_INLINE bool rows_usable(Fp32, const T* src, int64_t stride_d, int64_t keys, int64_t depth) {
+  return is_float(src) && stride_d == 1 && keys % TILE_M == 0 && depth % TILE_M == 0;
+}
+#if ONEPASS_BF16_DOT
+ONEPASS_INLINE bool rows_usable(Bf16Pairs, const bf16*, int64_t stride_d, int64_t keys, int64_t depth) {
+  return stride_d == 1 && keys % TILE_M == 0 && depth % 2 == 0;
+}
+#endif
+
+// acc (keys x depth) += A^T (keys x queries, by rows of keys) x B (queries x depth), in register tiles M keys by N vectors.
+template <class Compute, int M, int N>
+ONEPASS_INLINE void add_columns(float* acc, int64_t ld, int64_t keys, const typename Compute::Elem* A, int64_t lda,
+                                Tile<typename Compute::Elem> B, int64_t d, int64_t queries) {
+  for (int64_t j = 0; j < keys; j += M)
+    multiply_tile<Compute, M, N, Into::ADD>(ceil_div(queries, Compute::STEP), A + j * lda, lda, Compute::STEP,
+                                            B.data + d * Compute::STEP, B.stride, acc + j * ld + d, ld);
+}
+template <class Compute>
+ONEPASS_INLINE void add_product(float* acc, int64_t ld, int64_t keys, const typename Compute::Elem* A, int64_t lda,
+                                Tile<typename Compute::Elem> B, int64_t queries, int64_t depth) {
+#if ONEPASS_VW == 16
+  constexpr int WIDE = 4, WIDE_M = 4;  // 4 x 4 accumulators
+#else
+  constexpr int WIDE = 3, WIDE_M = TILE_M;
+#endif
+  const int64_t vectors = ceil_div(depth, VW);
+  for (int64_t n = 0; n < vectors;) {
+    const int64_t left = vectors - n, d = n * VW;
+    if (left == WIDE || left > 2 * TILE_N) {
+      add_columns<Compute, WIDE_M, WIDE>(acc, ld, keys, A, lda, B, d, queries);
+      n += WIDE;
+    } else if (left >= 3) {
+      add_columns<Compute, TILE_M, 3>(acc, ld, keys, A, lda, B, d, queries);
+      n += 3;
+    } else if (left == 2) {
+      add_columns<Compute, TILE_M, 2>(acc, ld, keys, A, lda, B, d, queries);
+      n += 2;
+    } else {
+      add_columns<Compute, TILE_M, 1>(acc, ld, keys, A, lda, B, d, queries);
+      n += 1;
+    }
+  }
+}
+
+template <int N>
+ONEPASS_INLINE void store_tile_rows(float* P, float* dS, float*, int64_t j, int n, const vf (&p)[2], const vf (&ds)[2]) {
+#pragma GCC unroll 2
+  for (int x = 0; x < 2; x++) {
+    store(P + (j + x) * N * VW + n * VW, p[x]);
+    store(dS + (j + x) * N * VW + n * VW, ds[x]);
+  }
+}
+#if ONEPASS_BF16_DOT
+template <int N>
+ONEPASS_INLINE void store_tile_rows(bf16* P, bf16* dS, bf16* dS_pairs, int64_t j, int n, const vf (&p)[2], const vf (&ds)[2]) {
+  const __m512i ph = (__m512i)_mm512_cvtne2ps_pbh((__m512)p[1], (__m512)p[0]);
+  const __m512i dh = (__m512i)_mm512_cvtne2ps_pbh((__m512)ds[1], (__m512)ds[0]);
+  bf16 *p_row = P + j * N * VW + n * VW, *d_row = dS + j * N * VW + n * VW;
+  _mm256_storeu_si256((__m256i*)p_row, _mm512_castsi512_si256(ph));
+  _mm256_storeu_si256((__m256i*)(p_row + N * VW), _mm512_extracti64x4_epi64(ph, 1));
+  _mm256_storeu_si256((__m256i*)d_row, _mm512_castsi512_si256(dh));
+  _mm256_storeu_si256((__m256i*)(d_row + N * VW), _mm512_extracti64x4_epi64(dh, 1));
+  store_words(dS_pairs + (j / 2 * N * VW + n * VW) * 2, pair_low(dh, _mm512_shuffle_i64x2(dh, dh, 0xee)));
+}
+#endif
+
+// Scores and dP to P and dS.
+template <class Compute, int N>
+ONEPASS_INLINE void gradient_tile(Scratch<Compute>& t, int64_t rows, float scale) {
+  constexpr int LD = N * VW;
+  const vf factor = broadcast(scale);
+#pragma GCC unroll 4
+  for (int n = 0; n < N; n++) {
+    const vf lse = load(t.lse + n * VW), delta = load(t.delta + n * VW);
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < rows; j += 2) {
+      vf p[2], ds[2];
+#pragma GCC unroll 2
+      for (int x = 0; x < 2; x++) {
+        const vf score = load(t.S + (j + x) * LD + n * VW);
+        p[x] = vexp2<Compute::EXP2_DEGREE>(Compute::STEP == 1 ? score - lse : score * factor - lse);
+        ds[x] = p[x] * (load(t.dP + (j + x) * LD + n * VW) - delta);
+      }
+      store_tile_rows<N>(t.P_rows, t.dS_rows, t.dS, j, n, p, ds);
+    }
+  }
+}
+
+template <class Compute, class T>
+struct Range {  // one piece of work
+  Scratch<Compute>& t;
+  const AttentionBwdArgs& a;
+  const AttentionProblem& p;
+  const int64_t b, h_kv, j_begin, keys;
+  const KeyMask mask;
+  const ScoreScale scale;
+  Tile<typename Compute::Elem> K, V, K_pairs;
+
+  Range(Scratch<Compute>& scratch, const AttentionBwdArgs& args, int64_t batch, int64_t head, int64_t begin, int64_t count)
+      : t(scratch), a(args), p(args.problem), b(batch), h_kv(head), j_begin(begin), keys(count), mask(key_mask_of(args.problem, batch)),
+        scale(score_scale(Compute{}, args.problem.softmax_scale)) {
+    const T* k = at(a.k, h_kv, j_begin);
+    const T* v = at(a.v, h_kv, j_begin);
+    K = range_rows(t.K, t.key_depth, rows_usable(Compute{}, k, a.k.stride_d, keys, p.head_dim), k, a.k.stride_s, a.k.stride_d, keys,
+                   p.head_dim);
+    V = range_rows(t.V, t.val_depth, rows_usable(Compute{}, v, a.v.stride_d, keys, p.head_dim_v), v, a.v.stride_s, a.v.stride_d, keys,
+                   p.head_dim_v);
+    K_pairs = keys_by_feature(Compute{}, t.K_pairs, K, t.key_depth, k, a.k.stride_s, a.k.stride_d, keys, p.head_dim);
+    memset(t.dK, 0, sizeof(float) * (size_t)(round_up(keys, TILE_M) * t.ld));
+    memset(t.dV, 0, sizeof(float) * (size_t)(round_up(keys, TILE_M) * t.ld_v));
+  }
+
+  T* at(const Tensor4& x, int64_t head, int64_t row) const {
+    return (T*)x.data + b * x.stride_b + head * x.stride_h + row * x.stride_s;
+  }
+
+  // lse in log2 units (+inf where the query saw nothing or does not exist, so that P is 0) and delta of the block.
+  void load_statistics(int64_t h, int64_t i0, int64_t queries) {
+    const int64_t row = (b * p.nheads_q + h) * p.seqlen_q + i0;
+    for (int64_t i = 0; i < BLOCK_Q; i++) {
+      const float lse = i < queries ? a.lse[row + i] : NEG_INF;
+      t.lse[i] = lse == NEG_INF ? -NEG_INF : lse * LOG2E;
+      t.delta[i] = i < queries && a.dlse ? -a.dlse[row + i] : 0.f;
+    }
+    for (int64_t i = 0; i < queries; i++) {
+      if (t.lse[i] == -NEG_INF) {
+        t.delta[i] = 0.f;
+        continue;
+      }
+      const T *o = at(a.out, h, i0 + i), *g = at(a.dout, h, i0 + i);
+      vf sum = {};
+      int64_t d = 0;
+      if (a.out.stride_d == 1 && a.dout.stride_d == 1)
+        for (; d + VW <= p.head_dim_v; d += VW) sum += load(o + d) * load(g + d);
+      float tail = 0.f;
+      for (; d < p.head_dim_v; d++) tail += to_float(o[d * a.out.stride_d]) * to_float(g[d * a.dout.stride_d]);
+      t.delta[i] += horizontal_sum(sum) + tail;
+    }
+  }
+
+  template <int N>
+  __attribute__((always_inline)) void query_block(int64_t h, int64_t i0, int64_t queries, float* dq_part) {
+    constexpr int LD = N * VW, STEP = Compute::STEP;
+    const T *q = at(a.q, h, i0), *g = at(a.dout, h, i0);
+    pack_transposed<LD>(t.Qt, q, a.q.stride_s, a.q.stride_d, queries, p.head_dim, scale.into_q);
+    pack_transposed<LD>(t.dOt, g, a.dout.stride_s, a.dout.stride_d, queries, p.head_dim_v, 1.f);
+    const auto Q_rows = query_rows(Compute{}, t.Q_rows, t.ld, q, a.q.stride_s, a.q.stride_d, queries, p.head_dim);
+    const auto dO_rows = query_rows(Compute{}, t.dO_rows, t.ld_v, g, a.dout.stride_s, a.dout.stride_d, queries, p.head_dim_v);
+    load_statistics(h, i0, queries);
+    memset(t.dQt, 0, sizeof(float) * (size_t)(t.key_depth * LD));
+
+    const int64_t last = min_of(j_begin + keys, end_key(p, i0 + queries - 1));
+    const int64_t first = max_of(0, first_key(p, i0) - j_begin) / BLOCK_K * BLOCK_K + j_begin;
+    for (int64_t j0 = first; j0 < last; j0 += BLOCK_K) {
+      const int64_t r = j0 - j_begin, count = min_of(BLOCK_K, keys - r), rows = round_up(count, TILE_M);
+      const Visible seen = visible(p, mask, i0, queries, j0, count);
+      if (seen == Visible::NONE) continue;
+      score_tile<Compute, N>(t.S, {K.data + r * K.stride, K.stride}, count, p.head_dim, t.Qt, t.tile_max);
+      score_tile<Compute, N>(t.dP, {V.data + r * V.stride, V.stride}, count, p.head_dim_v, t.dOt, t.tile_max);
+      if (seen == Visible::SOME) mask_tile<N>(t.S, p, mask, i0, j0, count);
+      gradient_tile<Compute, N>(t, rows, scale.after);
+      if (a.dq.data)
+        for (int64_t d = 0; d < p.head_dim; d += TILE_M)
+          multiply_tile<Compute, TILE_M, N, Into::ADD>(ceil_div(count, STEP), K_pairs.data + r / STEP * K_pairs.stride + d * STEP, STEP,
+                                                       K_pairs.stride, t.dS, LD * STEP, t.dQt + d * LD, LD);
+      if (a.dk.data) {
+        add_product<Compute>(t.dV + r * t.ld_v, t.ld_v, rows, t.P_rows, LD, dO_rows, queries, p.head_dim_v);
+        add_product<Compute>(t.dK + r * t.ld, t.ld, rows, t.dS_rows, LD, Q_rows, queries, p.head_dim);
+      }
+    }
+    if (!a.dq.data) return;
+    float factor[LD];
+    for (int i = 0; i < LD; i++) factor[i] = (float)p.softmax_scale;
+    if (dq_part)
+      store_transposed<LD>(dq_part + i0 * p.head_dim, p.head_dim, t.dQt, factor, queries, p.head_dim);
+    else
+      store_transposed<LD>(at(a.dq, h, i0), a.dq.stride_s, t.dQt, factor, queries, p.head_dim);
+  }
+
+  void run(float* dq_part_of_range) {
+    const int64_t group = p.nheads_q / p.nheads_kv;
+    for (int64_t h = h_kv * group; h < (h_kv + 1) * group; h++) {
+      float* dq_part = dq_part_of_range ? dq_part_of_range + (b * p.nheads_q + h) * p.seqlen_q * p.head_dim : nullptr;
+      for (int64_t i0 = 0; i0 < p.seqlen_q; i0 += BLOCK_Q) {
+        const int64_t queries = min_of(BLOCK_Q, p.seqlen_q - i0);
+        ONEPASS_WITH_VECTORS(queries, (query_block<N>(h, i0, queries, dq_part)));
+      }
+    }
+    if (a.dk.data) {
+      for (int64_t r = 0; r < keys; r++) {
+        store_row(at(a.dk, h_kv, j_begin + r), t.dK + r * t.ld, (float)p.softmax_scale, p.head_dim);
+        store_row(at(a.dv, h_kv, j_begin + r), t.dV + r * t.ld_v, 1.f, p.head_dim_v);
+      }
+    }
+  }
+
+  __attribute__((always_inline)) static void store_row(T* dst, const float* src, float factor, int64_t depth) {
+    int64_t d = 0;
+    for (; d + VW <= depth; d += VW) store(dst + d, load(src + d) * broadcast(factor));
+    for (; d < depth; d++) from_float(src[d] * factor, dst + d);
+  }
+};
+
+// dq = the parts, added in the order of the ranges.
+template <class T>
+void add_dq_parts(const AttentionBwdArgs& a, const Plan& plan, int64_t row) {
+  const AttentionProblem& p = a.problem;
+  const int64_t i = row % p.seqlen_q, h = row / p.seqlen_q % p.nheads_q, b = row / p.seqlen_q / p.nheads_q;
+  const int64_t part = p.batch * p.nheads_q * p.seqlen_q * p.head_dim;
+  T* dq = (T*)a.dq.data + b * a.dq.stride_b + h * a.dq.stride_h + i * a.dq.stride_s;
+  const float* parts = plan.dq_parts + row * p.head_dim;
+  int64_t d = 0;
+  for (; d + VW <= p.head_dim; d += VW) {
+    vf sum = load(parts + d);
+    for (int64_t r = 1; r < plan.ranges; r++) sum += load(parts + r * part + d);
+    store(dq + d, sum);
+  }
+  for (; d < p.head_dim; d++) {
+    float sum = parts[d];
+    for (int64_t r = 1; r < plan.ranges; r++) sum += parts[r * part + d];
+    from_float(sum, dq + d);
+  }
+}
+
+// Heads alone fill the cores when there are plenty of them or they divide evenly; else four pieces of work a thread.
+Plan make_plan(const AttentionProblem& p) {
+  const int64_t heads = p.batch * p.nheads_kv, tiles = ceil_div(p.seqlen_k, BLOCK_K);
+  int64_t ranges = heads >= 4 * p.num_threads || heads % p.num_threads == 0 ? 1 : ceil_div(4 * p.num_threads, heads);
+  const int64_t range_keys = BLOCK_K * ceil_div(tiles, min_of(ranges, tiles));
+  ranges = ceil_div(p.seqlen_k, range_keys);
+  return {ranges, range_keys, nullptr};
+}
+
+template <class Compute, class T>
+int backward(const AttentionBwdArgs& a) {
+  const AttentionProblem& p = a.problem;
+  Plan plan = make_plan(p);
+  const int64_t heads = p.batch * p.nheads_kv, pieces = heads * plan.ranges, rows = p.batch * p.nheads_q * p.seqlen_q;
+  Workspace parts;
+  if (plan.ranges > 1 && a.dq.data) {
+    parts.take<float>(plan.ranges * rows * p.head_dim);
+    if (!parts.allocate()) return ONEPASS_OUT_OF_MEMORY;
+    plan.dq_parts = parts.take<float>(plan.ranges * rows * p.head_dim);
+  }
+  const double work = 2.5 * p.batch * p.nheads_q * p.seqlen_q * p.seqlen_k * (p.head_dim + p.head_dim_v);
+  const int threads = work < 5e4 ? 1 : (int)min_of(p.num_threads, pieces);
+  int status = ONEPASS_OK;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Workspace w;
+    Scratch<Compute>(w, p, min_of(plan.range_keys, round_up(p.seqlen_k, BLOCK_K)));
+    if (!w.allocate()) {
+#pragma omp atomic write
+      status = ONEPASS_OUT_OF_MEMORY;
+    } else {
+      Scratch<Compute> t(w, p, min_of(plan.range_keys, round_up(p.seqlen_k, BLOCK_K)));
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t piece = 0; piece < pieces; piece++) {
+        const int64_t range = piece / heads, head = piece % heads;  // causal: the first keys, seen by the most queries, first
+        const int64_t j0 = range * plan.range_keys;
+        Range<Compute, T>(t, a, head / p.nheads_kv, head % p.nheads_kv, j0, min_of(plan.range_keys, p.seqlen_k - j0))
+            .run(plan.dq_parts ? plan.dq_parts + range * rows * p.head_dim : nullptr);
+      }
+    }
+#pragma omp barrier
+    if (plan.dq_parts && status == ONEPASS_OK) {
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < rows; row++) add_dq_parts<T>(a, plan, row);
+    }
+  }
+  return status;
+}
+
+}  // namespace
+
+// With no queries or no keys the caller fills the gradients with zeros.
+extern "C" int ONEPASS_KERNEL(attention_bwd)(const AttentionBwdArgs* args) {
+  switch (args->problem.dtype) {
+    case ONEPASS_F32: return backward<Fp32, float>(*args);
+    case ONEPASS_F16: return backward<Fp32, f16>(*args);
+#if ONEPASS_BF16_DOT
+    default: return backward<Bf16Pairs, bf16>(*args);
+#else
+    default: return backward<Fp32, bf16>(*args);
+#endif
+  }
+}

@@ -124,33 +124,13 @@ ONEPASS_INLINE void end_block(Scratch<Compute>& t, const AttentionProblem& p, in
                               int64_t queries) {
   constexpr int LD = N * VW;
   const float *Ot = t.Ot + block * t.o_size, *m = t.m + block * BLOCK_Q, *l = t.l + block * BLOCK_Q;
-  for (int64_t i0 = 0; i0 < queries; i0 += VW) {
-    const int64_t count = min_of(VW, queries - i0);
-    float inverse[VW];
-    for (int64_t x = 0; x < count; x++) {
-      inverse[x] = l[i0 + x] == 0.f ? 0.f : 1.f / l[i0 + x];
-      lse[i0 + x] = m[i0 + x] * LN2 + logf(l[i0 + x]);
-    }
-    int64_t d = 0;
-    for (; d + VW <= p.head_dim_v; d += VW) {
-      vf rows[VW];
-#pragma GCC unroll 16
-      for (int x = 0; x < VW; x++) rows[x] = load(Ot + (d + x) * LD + i0);
-      transpose(rows);
-      for (int64_t x = 0; x < count; x++) store(out + (i0 + x) * stride_s + d, rows[x] * broadcast(inverse[x]));
-    }
-    for (; d < p.head_dim_v; d++)
-      for (int64_t x = 0; x < count; x++) from_float(Ot[d * LD + i0 + x] * inverse[x], out + (i0 + x) * stride_s + d);
+  float inverse[LD];
+  for (int64_t i = 0; i < queries; i++) {
+    inverse[i] = l[i] == 0.f ? 0.f : 1.f / l[i];
+    lse[i] = m[i] * LN2 + logf(l[i]);
   }
+  store_transposed<LD>(out, stride_s, Ot, inverse, queries, p.head_dim_v);
 }
-
-// Calls f.template operator()<N>() with the fewest vectors N that hold `queries`.
-#define ONEPASS_WITH_VECTORS(QUERIES, CALL)                   \
-  do {                                                        \
-    if ((QUERIES) <= VW) { constexpr int N = 1; CALL; }       \
-    else if ((QUERIES) <= 2 * VW) { constexpr int N = 2; CALL; } \
-    else { constexpr int N = 3; CALL; }                       \
-  } while (0)
 
 // `blocks` consecutive query blocks of one head.
 template <class Compute, class T>

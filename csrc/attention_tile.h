@@ -172,6 +172,26 @@ ONEPASS_INLINE void pack_row_pairs(bf16* dst, int64_t ld, const bf16* src, int64
 }
 #endif
 
+// ---- unpacking
+
+// dst[i][d] = src[d][i] * factor[i] for i < rows, d < depth; src has LD lanes a row, dst any row stride and adjacent features.
+template <int LD, class T>
+ONEPASS_INLINE void store_transposed(T* dst, int64_t stride_s, const float* src, const float* factor, int64_t rows, int64_t depth) {
+  for (int64_t i = 0; i < rows; i += VW) {
+    const int64_t count = min_of(VW, rows - i);
+    int64_t d = 0;
+    for (; d + VW <= depth; d += VW) {
+      vf block[VW];
+#pragma GCC unroll 16
+      for (int x = 0; x < VW; x++) block[x] = load(src + (d + x) * LD + i);
+      transpose(block);
+      for (int64_t x = 0; x < count; x++) store(dst + (i + x) * stride_s + d, block[x] * broadcast(factor[i + x]));
+    }
+    for (; d < depth; d++)
+      for (int64_t x = 0; x < count; x++) from_float(src[d * LD + i + x] * factor[i + x], dst + (i + x) * stride_s + d);
+  }
+}
+
 // ---- tiles of keys and values, in place where their layout allows it
 
 template <class Elem>
@@ -238,3 +258,18 @@ ONEPASS_INLINE ScoreScale score_scale(Bf16Pairs, double softmax_scale) {
   return scale < 0.f ? ScoreScale{-1.f, -scale} : ScoreScale{1.f, scale};
 }
 #endif
+
+// Runs CALL with a constant N, the fewest vectors that hold QUERIES (1 to BLOCK_Q of them).
+#define ONEPASS_WITH_VECTORS(QUERIES, CALL)                      \
+  do {                                                           \
+    if ((QUERIES) <= VW) {                                       \
+      constexpr int N = 1;                                       \
+      CALL;                                                      \
+    } else if ((QUERIES) <= 2 * VW) {                            \
+      constexpr int N = 2;                                       \
+      CALL;                                                      \
+    } else {                                                     \
+      constexpr int N = 3;                                       \
+      CALL;                                                      \
+    }                                                            \
+  } while (0)

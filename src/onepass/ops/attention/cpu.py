@@ -11,6 +11,7 @@ from onepass.core import cpu_library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _UNLIMITED = -1
+_ABSENT = (0, 0, 0, 0, 0)
 _FAR = 1 << 40  # windows are clamped here, so that index arithmetic cannot overflow
 
 # struct AttentionProblem, then the rest of each argument struct: q = int64_t or pointer, d = double.
@@ -39,8 +40,8 @@ def _problem(
     )  # fmt: skip
 
 
-def _absent() -> tuple[int, ...]:
-    return (0, 0, 0, 0, 0)
+def _tensor(x: Tensor) -> tuple[int, ...]:
+    return (x.data_ptr(), *x.stride())
 
 
 def forward(
@@ -54,8 +55,33 @@ def forward(
     cpu_library.kernel("attention_fwd")(
         _FWD.pack(
             *_problem(q, k, v, key_mask, softmax_scale, window_left, window_right, bottom_right),
-            q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(), out.data_ptr(), *out.stride(),
-            lse.data_ptr(),
+            *_tensor(q), *_tensor(k), *_tensor(v), *_tensor(out), lse.data_ptr(),
         )
     )  # fmt: skip
     return out, lse
+
+
+def backward(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, attn_bias: Tensor | None,
+    alibi_slopes: Tensor | None, attn_sink: Tensor | None, key_mask: Tensor | None, rng_state: Tensor | None,
+    softmax_scale: float, window_left: int, window_right: int, bottom_right: bool, softcap: float, dropout_p: float,
+    deterministic: bool, need_dq: bool, need_dkv: bool, need_dbias: bool, need_dsink: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    # torch.empty, not empty_like: gradients are contiguous whatever the inputs' strides.
+    make = torch.empty if q.numel() and k.numel() else torch.zeros  # without queries or keys nothing is computed
+    dq = make(q.shape if need_dq else 0, dtype=q.dtype)
+    dk = make(k.shape if need_dkv else 0, dtype=k.dtype)
+    dv = make(v.shape if need_dkv else 0, dtype=v.dtype)
+    if q.numel() and k.numel() and (need_dq or need_dkv):
+        lse = lse.contiguous()
+        dlse = None if dlse is None else dlse.contiguous()
+        cpu_library.kernel("attention_bwd")(
+            _BWD.pack(
+                *_problem(q, k, v, key_mask, softmax_scale, window_left, window_right, bottom_right),
+                *_tensor(q), *_tensor(k), *_tensor(v), *_tensor(out), *_tensor(do),
+                lse.data_ptr(), 0 if dlse is None else dlse.data_ptr(),
+                *(_tensor(dq) if need_dq else _ABSENT), *(_tensor(dk) if need_dkv else _ABSENT),
+                *(_tensor(dv) if need_dkv else _ABSENT),
+            )
+        )  # fmt: skip
+    return dq, dk, dv, q.new_empty(0), q.new_empty(0)
