@@ -55,6 +55,14 @@ struct MergeArgs {
   float* lse;
 };
 
+struct MergeBwdArgs {
+  MergeArgs merge;  // out and lse: the forward's results
+  const void* dout;
+  const float* dlse;  // null: no gradient
+  void* douts;
+  float* dlses;
+};
+
 struct FmaPeakArgs {
   int64_t dtype, num_threads;
   double seconds;

@@ -1,2 +1,376 @@
-#include "simd.h"
-extern "C" int ONEPASS_KERNEL(attention_decode)(const AttentionDecodeArgs*) { return ONEPASS_OK; }
+// Attention of one to a few queries on a cache of keys and values. Every key and value is read once for all the queries and
+// heads that share it, so the kernel runs at the speed of memory. Keys are cut into splits where heads alone do not
+// keep all cores busy; each split leaves an unnormalised output with its m and l, and the parts are merged at the end
+// (Flash-Decoding, Dao et al. 2023).
+//
+// Here features lie in the vector lanes: there are too few queries to fill them.
+#include <cmath>
+
+#include "attention_tile.h"
+#include "workspace.h"
+
+namespace {
+
+constexpr int64_t CHUNK = 256;      // keys whose scores are held at a time
+constexpr int64_t MIN_SPLIT = 128;  // fewer keys are not worth a split of their own
+constexpr int PREFETCH = 8;         // keys ahead
+
+// How features are multiplied: elements of T widened to fp32, or pairs of bf16 as they are.
+template <class T>
+struct Widened {
+  typedef float Query;
+  static constexpr int STEP = 1, DEGREE = 5;
+  ONEPASS_INLINE vf dot(vf acc, const T* key, const float* query) { return acc + load(key) * load(query); }
+};
+#if ONEPASS_BF16_DOT
+struct Paired {
+  typedef bf16 Query;
+  static constexpr int STEP = 2, DEGREE = 4;
+  ONEPASS_INLINE vf dot(vf acc, const bf16* key, const bf16* query) {
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)load_words(key), (__m512bh)load_words(query));
+  }
+};
+#endif
+
+typedef float f4 __attribute__((vector_size(16)));
+
+// The sums of four vectors.
+ONEPASS_INLINE f4 sum_each(vf a, vf b, vf c, vf d) {
+#if ONEPASS_VW == 16
+#define HALVES(X, Y) _mm512_add_ps(_mm512_shuffle_f32x4((__m512)X, (__m512)Y, 0x44), _mm512_shuffle_f32x4((__m512)X, (__m512)Y, 0xee))
+  const __m512 ab = HALVES(a, b), cd = HALVES(c, d);
+#undef HALVES
+  __m512 s = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  s = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4e));
+  s = _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1));
+  return (f4)_mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0), s));
+#elif ONEPASS_VW == 8
+  const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b), _mm256_hadd_ps((__m256)c, (__m256)d));
+  return (f4)_mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+#else
+  vf rows[VW] = {a, b, c, d};
+  transpose(rows);
+  return (rows[0] + rows[1]) + (rows[2] + rows[3]);
+#endif
+}
+
+// Four scores at a time: R queries by 4 / R keys. S[r * CHUNK + j] = query r . key j.
+template <class Features, int R, class T>
+ONEPASS_INLINE void score_keys(float* S, const T* k, int64_t stride, int64_t keys, const typename Features::Query* q, int64_t depth) {
+  constexpr int KEYS = 4 / R;
+  int64_t j = 0;
+  for (; j + KEYS <= keys; j += KEYS) {
+    vf acc[4] = {};
+    const T* row = k + j * stride;
+    for (int64_t d = 0; d < depth; d += VW * Features::STEP) {
+#pragma GCC unroll 4
+      for (int x = 0; x < KEYS; x++) __builtin_prefetch(row + (x + PREFETCH) * stride + d);
+#pragma GCC unroll 4
+      for (int x = 0; x < 4; x++) acc[x] = Features::dot(acc[x], row + x / R * stride + d, q + x % R * depth + d);
+    }
+    const f4 sums = sum_each(acc[0], acc[1], acc[2], acc[3]);
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; x++) S[x % R * CHUNK + j + x / R] = sums[x];
+  }
+  for (; j < keys; j++)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      vf acc = {};
+      for (int64_t d = 0; d < depth; d += VW * Features::STEP) acc = Features::dot(acc, k + j * stride + d, q + r * depth + d);
+      S[r * CHUNK + j] = horizontal_sum(acc);
+    }
+}
+
+// O[r][d] = O[r][d] * rescale[r] + sum over keys of P[r][key] * value[key][d], for N vectors of features and R queries.
+template <int R, int N, class T>
+ONEPASS_INLINE void add_values(Widened<T>, float* O, int64_t ld, const T* v, int64_t stride, int64_t keys, const float* P,
+                               const float* rescale) {
+  vf acc[R][N];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) acc[r][n] = load(O + r * ld + n * VW) * broadcast(rescale[r]);
+  for (int64_t j = 0; j < keys; j++) {
+    vf value[N];
+    __builtin_prefetch(v + (j + PREFETCH) * stride);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) value[n] = load(v + j * stride + n * VW);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) acc[r][n] += broadcast(P[r * CHUNK + j]) * value[n];
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) store(O + r * ld + n * VW, acc[r][n]);
+}
+#if ONEPASS_BF16_DOT
+template <int R, int N>
+ONEPASS_INLINE void add_values(Paired, float* O, int64_t ld, const bf16* v, int64_t stride, int64_t keys, const bf16* P,
+                               const float* rescale) {
+  vf acc[R][N];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) acc[r][n] = load(O + r * ld + n * VW) * broadcast(rescale[r]);
+  for (int64_t j = 0; j < keys; j += 2) {
+    __m512bh value[N];
+    const bf16 *first = v + j * stride, *second = first + stride;
+    __builtin_prefetch(first + PREFETCH * stride);
+    __builtin_prefetch(second + PREFETCH * stride);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n += 2) {
+      const __m512i a = load_words(first + n * VW), b = j + 1 < keys ? load_words(second + n * VW) : _mm512_setzero_si512();
+      value[n] = (__m512bh)pair_low(a, b);
+      value[n + 1] = (__m512bh)pair_high(a, b);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const __m512bh p = Bf16Pairs::broadcast_step(P + r * CHUNK + j);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) acc[r][n] = Bf16Pairs::multiply_add(acc[r][n], p, value[n]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) store(O + r * ld + n * VW, acc[r][n]);
+}
+#endif
+
+ONEPASS_INLINE void store_weight(float* P, vf p) { store(P, p); }
+ONEPASS_INLINE void store_weight(bf16* P, vf p) { store(P, p); }
+
+template <class Features, class T>
+struct Decode {
+  typedef typename Features::Query Query;
+  static constexpr int64_t FEATURES = VW * Features::STEP;  // in a vector
+
+  const AttentionDecodeArgs& a;
+  const AttentionProblem& p;
+  int64_t depth, depth_v;   // head_dim and head_dim_v in whole vectors
+  int64_t rows;             // queries that share a KV head: seqlen_q * group, the group running fastest
+  int64_t splits;
+  bool k_in_place, v_in_place;
+  // Parts: (batch, nheads_kv, splits, rows), each an output of depth_v, m and l.
+  float *part_out, *part_m, *part_l;
+
+  struct Scratch {
+    Query *q, *P;
+    float *S, *rescale;
+    T *K, *V;
+  };
+
+  explicit Decode(const AttentionDecodeArgs& args) : a(args), p(args.problem) {
+    depth = round_up(p.head_dim, FEATURES);
+    depth_v = round_up(p.head_dim_v, FEATURES);
+    rows = p.seqlen_q * (p.nheads_q / p.nheads_kv);
+    k_in_place = a.k.stride_d == 1 && depth == p.head_dim;
+    v_in_place = a.v.stride_d == 1 && depth_v == p.head_dim_v;
+    const int64_t heads = p.batch * p.nheads_kv;
+    splits = a.num_splits;
+    if (splits <= 0) splits = heads >= 4 * p.num_threads || heads % p.num_threads == 0 ? 1 : ceil_div(4 * p.num_threads, heads);
+    splits = max_of(1, min_of(splits, a.num_splits > 0 ? p.seqlen_k : p.seqlen_k / MIN_SPLIT));
+  }
+
+  int64_t parts() const { return p.batch * p.nheads_kv * splits * rows; }
+
+  void take_parts(Workspace& w) {
+    part_out = w.take<float>(parts() * depth_v);
+    part_m = w.take<float>(parts());
+    part_l = w.take<float>(parts());
+  }
+  Scratch take_scratch(Workspace& w) const {
+    Scratch t;
+    t.q = w.take<Query>(rows * depth);
+    t.P = w.take<Query>(4 * CHUNK);
+    t.S = w.take<float>(4 * CHUNK);
+    t.rescale = w.take<float>(4);
+    t.K = k_in_place ? nullptr : w.take<T>(CHUNK * depth);
+    t.V = v_in_place ? nullptr : w.take<T>(CHUNK * depth_v);
+    return t;
+  }
+
+  int64_t stored_keys(int64_t b) const { return a.cache_seqlens ? a.cache_seqlens[b] : p.seqlen_k; }
+
+  // The problem of one sequence: its own number of keys, queries at the bottom right of them.
+  AttentionProblem sequence(int64_t b) const {
+    AttentionProblem s = p;
+    s.seqlen_k = stored_keys(b);
+    s.shift = s.seqlen_k - s.seqlen_q;
+    return s;
+  }
+
+  void pack_queries(Query* dst, int64_t b, int64_t h_kv) const {
+    const int64_t group = p.nheads_q / p.nheads_kv;
+    for (int64_t r = 0; r < rows; r++) {
+      const T* src = (const T*)a.q.data + b * a.q.stride_b + r / group * a.q.stride_s + (h_kv * group + r % group) * a.q.stride_h;
+      for (int64_t d = 0; d < depth; d++) from_float(d < p.head_dim ? to_float(src[d * a.q.stride_d]) : 0.f, dst + r * depth + d);
+    }
+  }
+
+  static void copy_rows(T* dst, int64_t ld, const T* src, const Tensor4& layout, int64_t keys, int64_t features) {
+    for (int64_t j = 0; j < keys; j++)
+      for (int64_t d = 0; d < ld; d++) {
+        dst[j * ld + d] = T{};
+        if (d < features) dst[j * ld + d] = src[j * layout.stride_s + d * layout.stride_d];
+      }
+  }
+
+  // Scores of one row to weights; unseen keys and the rest of the last vector get weight 0.
+  static void softmax_row(float* S, Query* P, int64_t keys, int64_t seen_begin, int64_t seen_end, float scale, float* m, float* l,
+                          float* rescale) {
+    for (int64_t j = 0; j < min_of(seen_begin, keys); j++) S[j] = NEG_INF;
+    for (int64_t j = max_of(0, seen_end); j < keys; j++) S[j] = NEG_INF;
+    for (int64_t j = keys; j < round_up(keys, VW); j++) S[j] = NEG_INF;
+    const vf factor = broadcast(scale);
+    vf top = broadcast(NEG_INF);
+    for (int64_t j = 0; j < keys; j += VW) {
+      // Scores scaled to log2 units; an unseen key stays at -inf whatever the scale's sign.
+      const vf s = load(S + j), scaled = s == broadcast(NEG_INF) ? s : s * factor;
+      store(S + j, scaled);
+      top = vmax(scaled, top);
+    }
+    const float tile_max = horizontal_max(top), m_new = tile_max > *m ? tile_max : *m;
+    const float m_finite = m_new == NEG_INF ? 0.f : m_new;
+    vf sum = {};
+    for (int64_t j = 0; j < keys; j += VW) {
+      const vf weight = vexp2<Features::DEGREE>(load(S + j) - broadcast(m_finite));
+      sum += weight;
+      store_weight(P + j, weight);
+    }
+    *rescale = *m == NEG_INF ? 0.f : exp2f(*m - m_finite);
+    *l = *l * *rescale + horizontal_sum(sum);
+    *m = m_new;
+  }
+
+  template <int R>
+  __attribute__((always_inline)) void attend_rows(Scratch& t, const AttentionProblem& s, int64_t r0, int64_t j0, int64_t keys, const T* k,
+                                                  int64_t stride_k, const T* v, int64_t stride_v, int64_t part) const {
+    const float scale = (float)(p.softmax_scale * 1.4426950408889634);
+    score_keys<Features, R>(t.S, k, stride_k, keys, t.q + r0 * depth, depth);
+    const int64_t group = p.nheads_q / p.nheads_kv;
+    for (int r = 0; r < R; r++) {
+      const int64_t i = (r0 + r) / group;
+      softmax_row(t.S + r * CHUNK, t.P + r * CHUNK, keys, first_key(s, i) - j0, end_key(s, i) - j0, scale, part_m + part + r0 + r,
+                  part_l + part + r0 + r, t.rescale + r);
+    }
+    float* O = part_out + (part + r0) * depth_v;
+    int64_t d = 0;
+    for (; d + 4 * VW <= depth_v; d += 4 * VW) add_values<R, 4>(Features{}, O + d, depth_v, v + d, stride_v, keys, t.P, t.rescale);
+    for (; d + 2 * VW <= depth_v; d += 2 * VW) add_values<R, 2>(Features{}, O + d, depth_v, v + d, stride_v, keys, t.P, t.rescale);
+    if constexpr (Features::STEP == 1)
+      for (; d < depth_v; d += VW) add_values<R, 1>(Features{}, O + d, depth_v, v + d, stride_v, keys, t.P, t.rescale);
+  }
+
+  // One split of one KV head.
+  void run(Scratch& t, int64_t b, int64_t h_kv, int64_t split) const {
+    const AttentionProblem s = sequence(b);
+    const int64_t part = ((b * p.nheads_kv + h_kv) * splits + split) * rows;
+    for (int64_t r = 0; r < rows; r++) {
+      part_m[part + r] = NEG_INF;
+      part_l[part + r] = 0.f;
+    }
+    memset(part_out + part * depth_v, 0, sizeof(float) * (size_t)(rows * depth_v));
+    const int64_t begin = first_key(s, 0), end = end_key(s, p.seqlen_q - 1);
+    const int64_t split_keys = max_of(1, round_up(ceil_div(max_of(0, end - begin), splits), VW));
+    const int64_t j_begin = begin + split * split_keys, j_end = min_of(end, j_begin + split_keys);
+    if (j_begin >= j_end) return;
+    pack_queries(t.q, b, h_kv);
+    for (int64_t j0 = j_begin; j0 < j_end; j0 += CHUNK) {
+      const int64_t keys = min_of(CHUNK, j_end - j0);
+      const T* k = (const T*)a.k.data + b * a.k.stride_b + h_kv * a.k.stride_h + j0 * a.k.stride_s;
+      const T* v = (const T*)a.v.data + b * a.v.stride_b + h_kv * a.v.stride_h + j0 * a.v.stride_s;
+      int64_t stride_k = a.k.stride_s, stride_v = a.v.stride_s;
+      if (!k_in_place) {
+        copy_rows(t.K, depth, k, a.k, keys, p.head_dim);
+        k = t.K;
+        stride_k = depth;
+      }
+      if (!v_in_place) {
+        copy_rows(t.V, depth_v, v, a.v, keys, p.head_dim_v);
+        v = t.V;
+        stride_v = depth_v;
+      }
+      int64_t r = 0;
+      for (; r + 4 <= rows; r += 4) attend_rows<4>(t, s, r, j0, keys, k, stride_k, v, stride_v, part);
+      for (; r + 2 <= rows; r += 2) attend_rows<2>(t, s, r, j0, keys, k, stride_k, v, stride_v, part);
+      for (; r < rows; r++) attend_rows<1>(t, s, r, j0, keys, k, stride_k, v, stride_v, part);
+    }
+  }
+
+  // Merges the splits of one row and normalises it.
+  void finish(int64_t b, int64_t h_kv, int64_t r) const {
+    const int64_t group = p.nheads_q / p.nheads_kv, i = r / group, h = h_kv * group + r % group;
+    const int64_t part = (b * p.nheads_kv + h_kv) * splits * rows + r;
+    float m = NEG_INF, l = 0.f;
+    for (int64_t s = 0; s < splits; s++) {
+      const float part_max = part_m[part + s * rows];
+      if (!(part_max <= m)) m = part_max;  // a NaN is kept
+    }
+    float* sum = part_out + part * depth_v;
+    for (int64_t s = 0; s < splits; s++) {
+      const float part_max = part_m[part + s * rows];
+      const float weight = part_max == NEG_INF ? 0.f : exp2f(part_max - m);
+      l += weight * part_l[part + s * rows];
+      const float* out = part_out + (part + s * rows) * depth_v;
+      for (int64_t d = 0; d < depth_v; d += VW)
+        store(sum + d, (s ? load(sum + d) : (vf){}) + (weight == 0.f ? (vf){} : load(out + d) * broadcast(weight)));
+    }
+    const float inverse = l == 0.f ? 0.f : 1.f / l;
+    T* dst = (T*)a.out.data + b * a.out.stride_b + i * a.out.stride_s + h * a.out.stride_h;
+    for (int64_t d = 0; d < p.head_dim_v; d++) from_float(sum[d] * inverse, dst + d);
+    a.lse[(b * p.nheads_q + h) * p.seqlen_q + i] = m * LN2 + logf(l);
+  }
+};
+
+template <class Features, class T>
+int decode(const AttentionDecodeArgs& a) {
+  const AttentionProblem& p = a.problem;
+  Decode<Features, T> d(a);
+  const int64_t heads = p.batch * p.nheads_kv, pieces = heads * d.splits;
+  if (pieces * d.rows == 0) return ONEPASS_OK;
+  Workspace parts;
+  d.take_parts(parts);
+  if (!parts.allocate()) return ONEPASS_OUT_OF_MEMORY;
+  d.take_parts(parts);
+  const double work = 1.0 * heads * d.rows * p.seqlen_k * (p.head_dim + p.head_dim_v);
+  const int threads = work < 5e4 ? 1 : (int)min_of(p.num_threads, pieces);
+  int status = ONEPASS_OK;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Workspace w;
+    d.take_scratch(w);
+    if (!w.allocate()) {
+#pragma omp atomic write
+      status = ONEPASS_OUT_OF_MEMORY;
+    } else {
+      auto t = d.take_scratch(w);
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t piece = 0; piece < pieces; piece++)
+        d.run(t, piece / d.splits / p.nheads_kv, piece / d.splits % p.nheads_kv, piece % d.splits);
+    }
+#pragma omp barrier
+    if (status == ONEPASS_OK) {
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < heads * d.rows; row++)
+        d.finish(row / d.rows / p.nheads_kv, row / d.rows % p.nheads_kv, row % d.rows);
+    }
+  }
+  return status;
+}
+
+}  // namespace
+
+extern "C" int ONEPASS_KERNEL(attention_decode)(const AttentionDecodeArgs* args) {
+  switch (args->problem.dtype) {
+    case ONEPASS_F32: return decode<Widened<float>, float>(*args);
+    case ONEPASS_F16: return decode<Widened<f16>, f16>(*args);
+#if ONEPASS_BF16_DOT
+    default: return decode<Paired, bf16>(*args);
+#else
+    default: return decode<Widened<bf16>, bf16>(*args);
+#endif
+  }
+}

@@ -21,6 +21,7 @@ _FWD = struct.Struct(f"={_PROBLEM}{4 * _TENSOR}q")
 _BWD = struct.Struct(f"={_PROBLEM}{5 * _TENSOR}2q{3 * _TENSOR}")
 _DECODE = struct.Struct(f"={_PROBLEM}{4 * _TENSOR}3q")
 _MERGE = struct.Struct("=11q")
+_MERGE_BWD = struct.Struct("=15q")
 
 
 def _window(size: int) -> int:
@@ -85,3 +86,53 @@ def backward(
             )
         )  # fmt: skip
     return dq, dk, dv, q.new_empty(0), q.new_empty(0)
+
+
+def decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor | None, page_table: Tensor | None,
+    alibi_slopes: Tensor | None, attn_sink: Tensor | None, k_descale: Tensor | None, v_descale: Tensor | None,
+    softmax_scale: float, window_left: int, window_right: int, softcap: float, num_splits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, seqlen_q, nheads_q, _ = q.shape
+    out = q.new_empty((batch, seqlen_q, nheads_q, v_cache.shape[3]))
+    lse = q.new_empty((batch, nheads_q, seqlen_q), dtype=torch.float32)
+    if cache_seqlens is not None:
+        cache_seqlens = cache_seqlens.contiguous()
+    cpu_library.kernel("attention_decode")(
+        _DECODE.pack(
+            *_problem(q, k_cache, v_cache, None, softmax_scale, window_left, window_right, True),
+            *_tensor(q), *_tensor(k_cache), *_tensor(v_cache), *_tensor(out), lse.data_ptr(),
+            0 if cache_seqlens is None else cache_seqlens.data_ptr(), num_splits,
+        )
+    )  # fmt: skip
+    return out, lse
+
+
+def _merge_problem(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> tuple[int, ...]:
+    parts, *batch, seqlen, nheads, head_dim = outs.shape
+    return (
+        _DTYPES[outs.dtype], torch.get_num_threads(), parts, batch[0] if batch else 1, seqlen, nheads, head_dim,
+        outs.data_ptr(), lses.data_ptr(), out.data_ptr(), lse.data_ptr(),
+    )  # fmt: skip
+
+
+def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    outs, lses = outs.contiguous(), lses.contiguous()
+    out, lse = outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
+    cpu_library.kernel("merge_attention")(_MERGE.pack(*_merge_problem(outs, lses, out, lse)))
+    return out, lse
+
+
+def merge_backward(
+    do: Tensor, dlse: Tensor | None, outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    do, outs, lses, out, lse = (x.contiguous() for x in (do, outs, lses, out, lse))
+    dlse = None if dlse is None else dlse.contiguous()
+    douts, dlses = torch.empty_like(outs), torch.empty_like(lses)
+    cpu_library.kernel("merge_attention_bwd")(
+        _MERGE_BWD.pack(
+            *_merge_problem(outs, lses, out, lse),
+            do.data_ptr(), 0 if dlse is None else dlse.data_ptr(), douts.data_ptr(), dlses.data_ptr(),
+        )
+    )  # fmt: skip
+    return douts, dlses
