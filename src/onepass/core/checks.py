@@ -1,7 +1,7 @@
 """Checks that name the argument, what came, what was expected and what to do.
 
-They run only when an operation's cheap comparison has failed, or for arguments that are rarely given: nothing here is on
-the path of a plain, valid call.
+They run only when an operation's cheap comparison has failed, or for arguments that are rarely given: nothing here is
+on the path of a plain, valid call.
 """
 
 import difflib
@@ -62,10 +62,16 @@ def finite_float(name: str, value: Any) -> float:
     return result
 
 
-def unknown_argument(function: str, name: str, known: Sequence[str], hints: Mapping[str, str]) -> TypeError:
+def options_of(function: Any) -> set[str]:
+    """The names of a function's keyword-only arguments."""
+    return set(function.__kwdefaults__)
+
+
+def unknown_argument(function: Any, name: str, hints: Mapping[str, str]) -> TypeError:
     """The error for a keyword a function lacks: `hints` answer other libraries' spellings, else the nearest name."""
     advice = hints.get(name)
     if advice is None:
+        known = list(function.__kwdefaults__)
         near = difflib.get_close_matches(name, known, n=1)
         advice = f"did you mean {near[0]}=?" if near else f"its options are {', '.join(known)}"
-    return TypeError(f"{function}() got an unexpected keyword argument {name!r}: {advice}")
+    return TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}: {advice}")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def arch(tensor: Tensor) -> str:
-    """The architecture a kernel is chosen by: "cpu", "sm_90", "gfx942", or the device's type when it has no finer name."""
+    """The architecture a kernel is chosen by: "cpu", "sm_90", "gfx942", or the device's type."""
     return "cpu" if tensor.is_cpu else _arch(tensor.device)
 
 

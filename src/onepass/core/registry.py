@@ -1,7 +1,7 @@
 """How a backend is chosen: tables of kernels, the reasons each refuses a call, and one cached lookup.
 
-An operation's `kernels.py` holds one `KernelTable` per direction (forward, backward, ...). A spec is a hashable tuple of
-the facts the choice depends on, never raw lengths, so the cache stays small and a call costs one dictionary lookup.
+An operation's `kernels.py` holds one `KernelTable` per direction (forward, backward, ...). A spec is a hashable tuple
+of the facts the choice depends on, never raw lengths, so the cache stays small and a call costs one dictionary lookup.
 """
 
 import importlib
@@ -20,12 +20,17 @@ def _no_reasons(spec: Any) -> list[str]:
     return []
 
 
+def _always_there() -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One row of a table.
 
-    `unsupported(spec)` gives the reasons for which the kernel cannot do a call; `slow(spec)` what it does, but slowly.
-    `launcher` is the import path "module:function"; the module is imported when the kernel is first chosen.
+    `unsupported(spec)` gives the reasons for which the kernel cannot do a call, whatever the machine; `unavailable()`
+    says why it cannot run on this machine; `slow(spec)` what it does, but slowly. `launcher` is the import path
+    "module:function"; the module is imported when the kernel is first chosen.
     """
 
     backend: str
@@ -33,6 +38,7 @@ class Kernel:
     unsupported: Callable[[Any], list[str]]
     launcher: str
     slow: Callable[[Any], list[str]] = _no_reasons
+    unavailable: Callable[[], str | None] = _always_there
     by_name_only: bool = False
 
     def load(self) -> Launcher:
@@ -70,11 +76,16 @@ class Choice:
 
 @dataclass
 class KernelTable:
-    """The kernels of one direction of one operation, the highest priority first."""
+    """The kernels of one direction of one operation, the highest priority first.
+
+    `spec` is the NamedTuple that the kernels judge. A call brings its fields as a plain tuple, which is equal to it and
+    costs half as much to make.
+    """
 
     op: str
+    spec: Callable[..., Any]
     kernels: Sequence[Kernel]
-    launchers: dict[tuple[Any, str], Launcher] = field(default_factory=dict, repr=False)
+    launchers: dict[tuple[tuple[Any, ...], str], Launcher] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.kernels = sorted(self.kernels, key=lambda kernel: -kernel.priority)
@@ -97,31 +108,35 @@ class SupportTable:
     features: Callable[[], Mapping[str, Any]]
 
 
-def select(table: KernelTable, spec: Any, backend: str = "") -> Launcher:
-    """The launcher that takes `spec`: the best kernel without reasons against it, or the one named by `backend`.
+def select(table: KernelTable, facts: tuple[Any, ...], backend: str = "") -> Launcher:
+    """The launcher that takes a call: the best kernel without reasons against it, or the one named by `backend`.
 
     Raises UnsupportedError with every kernel's reasons when none can, ValueError for a name the table lacks.
     """
-    try:
-        return table.launchers[spec, backend]
-    except KeyError:
-        pass
-    choice = choose(table, spec, backend)
+    launcher = table.launchers.get((facts, backend))
+    return _first_select(table, facts, backend) if launcher is None else launcher
+
+
+def _first_select(table: KernelTable, facts: tuple[Any, ...], backend: str) -> Launcher:
+    choice = choose(table, facts, backend)
     if choice.backend is None:
-        raise UnsupportedError(f"{choice}\n  the call: {_describe(spec)}")
+        raise UnsupportedError(f"{choice}\n  the call: {_describe(table.spec(*facts))}")
     kernel = next(kernel for kernel in table.kernels if kernel.backend == choice.backend)
-    launcher = table.launchers[spec, backend] = kernel.load()
+    launcher = table.launchers[facts, backend] = kernel.load()
     return launcher
 
 
-def choose(table: KernelTable, spec: Any, backend: str = "") -> Choice:
-    """Every kernel's verdict on `spec`, and the winner's name."""
+def choose(table: KernelTable, facts: tuple[Any, ...], backend: str = "") -> Choice:
+    """Every kernel's verdict on a call, and the winner's name."""
     if backend and backend not in table.backends:
         raise ValueError(f"backend={backend!r} is unknown to {table.op}: its backends are {', '.join(table.backends)}")
+    spec = table.spec(*facts)
     chosen: str | None = None
     verdicts = []
     for kernel in table.kernels:
         reasons = kernel.unsupported(spec)
+        if not reasons and (missing := kernel.unavailable()) is not None:
+            reasons = [missing]
         if not reasons:
             if backend and kernel.backend != backend:
                 reasons = [f"backend={backend!r} was asked for"]

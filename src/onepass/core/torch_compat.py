@@ -1,5 +1,6 @@
 """PyTorch's names that are private or moved between versions, gathered here alone."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,48 +14,71 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack
 _is_tracing = torch._C._is_tracing
 _profiler_enabled = torch._C._autograd._profiler_enabled
 _is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
 
 
-def below_dispatcher(q: Tensor, k: Tensor, v: Tensor, *optional: Tensor | None) -> bool:
+def below_dispatcher(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """True when PyTorch's dispatcher has nothing to do for an operation on these CPU tensors but to call its kernel.
 
     Then the kernel may be called directly, which saves 5 of the 7 us that a 16-argument operation costs. Anything that
     could want to see the call makes this False: autograd, tracing, compiling, modes, functorch, forward-mode tangents,
     profiling, subclasses, fake tensors, and negated views, which the dispatcher would write out first.
     """
-    if (
-        _is_compiling()
-        or type(q) is not Tensor
-        or type(k) is not Tensor
-        or type(v) is not Tensor
-        or not q.is_cpu
-        or q.is_neg()
-        or k.is_neg()
-        or v.is_neg()
-        or _dispatch_modes()
-        or _function_modes()
-        or _functorch_level() is not None
-        or forward_ad._current_level >= 0
-        or _profiler_enabled()
-        or _is_tracing()
-    ):
-        return False
-    tracked = torch.is_grad_enabled()
-    if tracked and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return False
-    for tensor in optional:
-        if tensor is not None and (type(tensor) is not Tensor or tensor.is_neg() or (tracked and tensor.requires_grad)):
-            return False
-    return True
+    return (
+        not _is_compiling()
+        and type(q) is type(k) is type(v) is Tensor
+        and q.is_cpu
+        and not (_is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        and not (q.is_neg() or k.is_neg() or v.is_neg())
+        and not (_dispatch_modes() or _function_modes() or _is_tracing() or _profiler_enabled())
+        and _functorch_level() is None
+        and forward_ad._current_level < 0
+    )
 
 
-def refuse_forward_ad(op: str, tensors: tuple[Any, ...]) -> None:
-    """Raises when a tensor carries a forward-mode tangent, which an operation without a jvp would drop silently."""
+def register_autograd(
+    library: torch.library.Library,
+    op: Any,
+    save: Callable[[Any, tuple[Any, ...], Any], None],
+    differentiate: Callable[..., tuple[Any, ...]],
+) -> None:
+    """Registers the gradient of an operation: `save(ctx, inputs, outputs)`, then `differentiate(ctx, *gradients)`.
+
+    What torch.library.register_autograd does, without its search for default values, which costs 60 us a call.
+    """
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            *inputs, keyset = args
+            with torch._C._AutoDispatchBelowAutograd():
+                outputs = op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+            save(ctx, tuple(inputs), outputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return (*differentiate(ctx, *gradients), None)
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        refuse_transforms(op, args)
+        if _is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return Differentiable.apply(*args, keyset)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    library.impl(op._schema.name.partition("::")[2], autograd, "Autograd", with_keyset=True)
+
+
+def refuse_transforms(op: Any, args: tuple[Any, ...]) -> None:
+    """Raises under torch.func's transforms and for forward-mode tangents, which would be dropped silently."""
+    if _functorch_level() is not None:
+        raise NotImplementedError(f"torch.func transforms of {op} are not supported: use torch.autograd")
     if forward_ad._current_level < 0:
         return
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(f"forward-mode differentiation of onepass.{op} is not supported: use backward()")
+    for arg in args:
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise NotImplementedError(f"forward-mode differentiation of {op} is not supported: use torch.autograd")
 
 
 def autocast_enabled(tensor: Tensor) -> bool:
@@ -64,3 +88,12 @@ def autocast_enabled(tensor: Tensor) -> bool:
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(tensor.device.type)
+
+
+def fills_memory() -> bool:
+    """Whether torch.empty is filled with NaN under deterministic algorithms."""
+    return torch._C._get_deterministic_fill_uninitialized_memory()
+
+
+def fill_memory(fill: bool) -> None:
+    torch._C._set_deterministic_fill_uninitialized_memory(fill)

@@ -1,4 +1,4 @@
-"""The public functions of attention: defaults, canonical forms, and checks of what the operations' schemas do not hold."""
+"""The public functions of attention: defaults, canonical forms, and checks of the options."""
 
 from typing import Any, NoReturn
 
@@ -15,7 +15,7 @@ _HINTS = {
         "a padding mask is key_mask (batch, seqlen_k) bool with True = seen, a band is window_size or causal=True, "
         "and any other mask is an additive attn_bias with -inf where a key is unseen"
     ),
-    "mask": "a padding mask is key_mask (batch, seqlen_k) bool with True = seen; other masks are attn_bias, window_size, causal",
+    "mask": "a padding mask is key_mask (batch, seqlen_k) bool with True = seen; else attn_bias, window_size",
     "key_padding_mask": "use key_mask (batch, seqlen_k) bool with True = seen, the inverse of key_padding_mask",
     "is_causal": "use causal=True; it aligns to the bottom right, causal_alignment='top_left' is PyTorch's",
     "scale": "use softmax_scale=",
@@ -26,14 +26,6 @@ _HINTS = {
     "dropout": "use dropout_p=",
     "block_table": "use page_table=",
 }
-_OPTIONS = (
-    "causal, causal_alignment, softmax_scale, window_size, softcap, alibi_slopes, attn_bias, attn_sink, key_mask, dropout_p, "
-    "generator, rng_state, deterministic, return_lse, backend"
-).split(", ")
-_DECODE_OPTIONS = (
-    "cache_seqlens, page_table, causal, softmax_scale, window_size, softcap, alibi_slopes, attn_sink, k_descale, v_descale, "
-    "num_splits, return_lse, backend"
-).split(", ")
 
 
 def attention(
@@ -62,8 +54,8 @@ def attention(
 
     Args:
         q: (batch, seqlen_q, nheads_q, head_dim), floating point. Any strides, read in place.
-        k: (batch, seqlen_k, nheads_kv, head_dim), q's dtype. nheads_q must be a multiple of nheads_kv; query head h reads
-            KV head h // (nheads_q // nheads_kv).
+        k: (batch, seqlen_k, nheads_kv, head_dim), q's dtype. nheads_q must be a multiple of nheads_kv; query head h
+            reads KV head h // (nheads_q // nheads_kv).
         v: (batch, seqlen_k, nheads_kv, head_dim_v), q's dtype.
         causal: query i sees keys j <= i + shift. shift = seqlen_k - seqlen_q, or 0 with causal_alignment="top_left".
         causal_alignment: "bottom_right" or "top_left"; sets shift for causal, window_size and alibi_slopes alike.
@@ -73,11 +65,12 @@ def attention(
         alibi_slopes: fp32 (nheads_q,) or (batch, nheads_q): adds -slope * abs(i + shift - j). No gradient.
         attn_bias: broadcastable to (batch, nheads_q, seqlen_q, seqlen_k), q's dtype or fp32, added to the scores;
             differentiable. A key whose bias is -inf is unseen.
-        attn_sink: (nheads_q,), q's dtype or fp32: one more logit per head that takes weight and adds no value; differentiable.
+        attn_sink: (nheads_q,), q's dtype or fp32: one more logit per head that takes weight and adds no value;
+            differentiable.
         key_mask: bool (batch, seqlen_k), True = seen.
         dropout_p: the probability with which a weight is dropped, 0 to 1.
         generator: draws rng_state in eager calls; not together with rng_state.
-        rng_state: int64 (2,) = (seed, offset) on q's device: the dropout mask is a function of it alone, on every backend.
+        rng_state: int64 (2,) = (seed, offset) on q's device; the dropout mask is a function of it alone.
         deterministic: a backward that gives the same bits every time; None follows torch.use_deterministic_algorithms.
         return_lse: also return the log-sum-exp of each row.
         backend: a backend's name, which then never falls back; None chooses. `use_backend` sets it for a block.
@@ -86,15 +79,15 @@ def attention(
         out (batch, seqlen_q, nheads_q, head_dim_v) in q's dtype, contiguous; with return_lse the pair of out and
         lse (batch, nheads_q, seqlen_q), fp32, natural log, the sink included, differentiable.
 
-    A query that sees no key gives out 0, lse -inf (with a sink: lse = sink) and zero gradients. Empty batches and lengths
-    are valid. Sums run in fp32. Under autocast the inputs are cast as scaled_dot_product_attention's are.
+    A query that sees no key gives out 0, lse -inf (with a sink: lse = sink) and zero gradients. Empty batches and
+    lengths are valid. Sums run in fp32. Under autocast the inputs are cast as scaled_dot_product_attention's are.
 
     Raises:
         ValueError: shapes, devices or options contradict. TypeError: a wrong dtype or type.
         onepass.UnsupportedError: no backend can do this call; the message lists every backend's reasons.
     """
     if unknown:
-        raise checks.unknown_argument("attention", next(iter(unknown)), _OPTIONS, _HINTS)
+        raise checks.unknown_argument(attention, next(iter(unknown)), _HINTS)
     call = _canonical(
         q,
         k,
@@ -114,7 +107,7 @@ def attention(
         deterministic,
         backend,
     )
-    out, lse = registration.attention_fwd(*call)
+    out, lse = registration.attention_fwd(call)
     return (out, lse) if return_lse else out
 
 
@@ -211,7 +204,8 @@ def attention_decode(
         q: (batch, seqlen_q, nheads_q, head_dim), one to a few queries, the last ones of each sequence.
         k_cache: (batch, capacity, nheads_kv, head_dim), or (pages, page_size, nheads_kv, head_dim) with page_table.
         v_cache: the same with head_dim_v. Entries past cache_seqlens are never read.
-        cache_seqlens: int32 (batch,), the keys stored for each sequence, the queries' own included; None: caches are full.
+        cache_seqlens: int32 (batch,), the keys stored for each sequence, the queries' own included; None: caches are
+            full.
         page_table: int32 (batch, max_pages), the pages of each sequence in order; needs cache_seqlens.
         causal: query i of seqlen_q sees keys j <= i + cache_seqlens - seqlen_q (bottom-right).
         window_size, softmax_scale, softcap, alibi_slopes, attn_sink, backend: as in `attention`, with
@@ -227,7 +221,7 @@ def attention_decode(
     exist are ValueErrors where they can be read without waiting for a device (on the CPU).
     """
     if unknown:
-        raise checks.unknown_argument("attention_decode", next(iter(unknown)), _DECODE_OPTIONS, _HINTS)
+        raise checks.unknown_argument(attention_decode, next(iter(unknown)), _HINTS)
     call = _canonical_decode(
         q,
         k_cache,
@@ -245,7 +239,7 @@ def attention_decode(
         num_splits,
         backend,
     )
-    out, lse = registration.attention_decode(*call)
+    out, lse = registration.attention_decode(call)
     return (out, lse) if return_lse else out
 
 
@@ -310,7 +304,8 @@ def merge_attention(outs: Tensor, lses: Tensor, *, backend: str | None = None) -
 
     Args:
         outs: stacked results (n, batch, seqlen_q, nheads_q, head_dim_v), or packed (n, total_q, nheads_q, head_dim_v).
-        lses: fp32 (n, batch, nheads_q, seqlen_q), or packed (n, nheads_q, total_q). A part whose lse is -inf adds nothing.
+        lses: fp32 (n, batch, nheads_q, seqlen_q), or packed (n, nheads_q, total_q). A part whose lse is -inf adds
+            nothing.
         backend: as in `attention`.
 
     Returns:
@@ -416,35 +411,36 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 @explains("attention")
 def _explain_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> list[Choice]:
     options.pop("return_lse", None)
-    if unknown := options.keys() - set(_OPTIONS):
-        raise checks.unknown_argument("attention", min(unknown), _OPTIONS, _HINTS)
-    *call, backend = _canonical(q, k, v, **options)
-    facts, _ = spec.attention_spec(*call)
-    choices = [choose(kernels.FORWARD, facts, backend)]
-    q, k, v, attn_bias, _, attn_sink, *_ = call
-    if torch.is_grad_enabled():
-        needs = tuple(tensor is not None and tensor.requires_grad for tensor in (q, k, v, attn_bias, attn_sink))
-        if any(needs):
-            need_q, need_k, need_v, need_bias, need_sink = needs
-            facts, _ = spec.attention_spec(*call, needs=(need_q, need_k or need_v, need_bias, need_sink))
-            choices.append(choose(kernels.BACKWARD, facts, backend))
+    if unknown := options.keys() - checks.options_of(attention):
+        raise checks.unknown_argument(attention, min(unknown), _HINTS)
+    call = _canonical(q, k, v, **options)
+    arguments, backend = call[:8] + call[9:-1], call[-1]  # all but softmax_scale
+    choices = [choose(kernels.FORWARD, spec.attention_facts(*arguments), backend)]
+    differentiable = (*call[:4], call[5])  # q, k, v, attn_bias, attn_sink
+    need_q, need_k, need_v, need_bias, need_sink = (
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in differentiable
+    )
+    needs = (need_q, need_k or need_v, need_bias, need_sink)
+    if any(needs):
+        arguments += needs
+        choices.append(choose(kernels.BACKWARD, spec.attention_facts(*arguments), backend))
     return choices
 
 
 @explains("attention_decode")
 def _explain_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: Any) -> list[Choice]:
     options.pop("return_lse", None)
-    if unknown := options.keys() - set(_DECODE_OPTIONS):
-        raise checks.unknown_argument("attention_decode", min(unknown), _DECODE_OPTIONS, _HINTS)
-    *call, backend = _canonical_decode(q, k_cache, v_cache, **options)
-    facts, _ = spec.decode_spec(*call)
-    return [choose(kernels.DECODE, facts, backend)]
+    if unknown := options.keys() - checks.options_of(attention_decode):
+        raise checks.unknown_argument(attention_decode, min(unknown), _HINTS)
+    call = _canonical_decode(q, k_cache, v_cache, **options)
+    arguments = call[:9] + call[10:-2]  # all but softmax_scale, num_splits and backend
+    return [choose(kernels.DECODE, spec.decode_facts(*arguments), call[-1])]
 
 
 @explains("merge_attention")
 def _explain_merge(outs: Tensor, lses: Tensor, *, backend: str | None = None) -> list[Choice]:
     name = backend_in_use() if backend is None else backend
-    facts = spec.merge_spec(outs, lses)
+    facts = spec.merge_facts(outs, lses)
     choices = [choose(kernels.MERGE, facts, name)]
     if torch.is_grad_enabled() and (outs.requires_grad or lses.requires_grad):
         choices.append(choose(kernels.MERGE_BACKWARD, facts, name))

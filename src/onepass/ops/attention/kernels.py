@@ -16,8 +16,6 @@ def _cpu_machine(arch: str, dtype: torch.dtype) -> list[str]:
     reasons = []
     if arch != "cpu":
         reasons.append(f"tensors are on {arch}")
-    elif (problem := cpu_library.unavailable()) is not None:
-        reasons.append(problem)
     if dtype not in _CPU_DTYPES:
         reasons.append(f"dtype {_name(dtype)}: float32, bfloat16 and float16 only")
     return reasons
@@ -63,8 +61,15 @@ def _table(op: str, function: str) -> KernelTable:
     merging = function.startswith("merge")
     return KernelTable(
         op,
+        MergeSpec if merging else AttentionSpec,
         [
-            Kernel("cpu", 10, _cpu_merge_unsupported if merging else _cpu_unsupported, f"{_CPU}:{function}"),
+            Kernel(
+                "cpu",
+                10,
+                _cpu_merge_unsupported if merging else _cpu_unsupported,
+                f"{_CPU}:{function}",
+                unavailable=cpu_library.unavailable,
+            ),
             Kernel(
                 "reference", 0, _reference_unsupported, f"{_REFERENCE}:{function}", _reference_slow, by_name_only=True
             ),
@@ -105,9 +110,8 @@ def _attention_features() -> dict[str, AttentionSpec]:
 
 
 def _backward_features() -> dict[str, AttentionSpec]:
-    needs = {"attn_bias": {"need_dbias": True}, "attn_sink": {"need_dsink": True}}
     return {
-        name: spec._replace(need_dq=True, need_dkv=True, **needs.get(name, {}))
+        name: spec._replace(need_dq=True, need_dkv=True, need_dbias=spec.bias, need_dsink=spec.sink)
         for name, spec in _attention_features().items()
     }
 

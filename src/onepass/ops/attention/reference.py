@@ -318,8 +318,8 @@ def _dropout_factor(rng_state: Tensor | None, dropout_p: float, weights: Tensor)
 def dropout_keep(rng_state: Tensor, dropout_p: float, shape: tuple[int, ...] | torch.Size) -> Tensor:
     """Which weights (batch, nheads_q, seqlen_q, seqlen_k) dropout keeps, as bool.
 
-    Element (b, h, i, j) is kept iff word j % 4 of Philox4x32-10(key = seed, counter = (offset, b * nheads_q + h, i, j // 4))
-    is at least p * 2**32.
+    Element (b, h, i, j) is kept iff word j % 4 of Philox4x32-10(key = seed, counter = (offset, b * nheads_q + h, i, j
+    // 4)) is at least p * 2**32.
     """
     batch, nheads_q, seqlen_q, seqlen_k = shape
     seed, offset = rng_state.unbind()

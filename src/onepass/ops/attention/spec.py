@@ -1,10 +1,11 @@
 """The facts a kernel is chosen by, and the checks that keep memory safe.
 
 The checks run in the operations' bodies and in their fakes, so they hold for the public functions, for
-`torch.ops.onepass.*` called directly, and while compiling. A valid call costs one comparison; messages are made on failure.
+`torch.ops.onepass.*` called directly, and while compiling. A valid call costs one comparison; messages are made on
+failure.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,16 +59,8 @@ class MergeSpec(NamedTuple):
     head_dim: int
 
 
-class Problem(NamedTuple):
-    """The sizes of one checked call."""
-
-    batch: int
-    seqlen_q: int
-    seqlen_k: int
-    nheads_q: int
-    nheads_kv: int
-    head_dim: int
-    head_dim_v: int
+# batch, seqlen_q, seqlen_k, nheads_q, nheads_kv, head_dim, head_dim_v
+Sizes = tuple[int, int, int, int, int, int, int]
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -75,7 +68,7 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def attention_spec(
+def attention_facts(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -84,24 +77,29 @@ def attention_spec(
     attn_sink: Tensor | None,
     key_mask: Tensor | None,
     rng_state: Tensor | None,
-    softmax_scale: float,
     window_left: int,
     window_right: int,
     bottom_right: bool,
     softcap: float,
     dropout_p: float,
     deterministic: bool,
-    needs: tuple[bool, bool, bool, bool] = (False, False, False, False),
-) -> tuple[AttentionSpec, Problem]:
-    """Checks a call of attention_fwd and tells what it is. Raises ValueError or TypeError naming the argument."""
-    problem = qkv_problem(q, k, v)
+    need_dq: bool = False,
+    need_dkv: bool = False,
+    need_dbias: bool = False,
+    need_dsink: bool = False,
+) -> tuple[Any, ...]:
+    """Checks a call of attention_fwd; the fields of its AttentionSpec, which is built when a choice is first made.
+
+    Raises ValueError or TypeError naming the argument.
+    """
+    batch, seqlen_q, seqlen_k, nheads_q, nheads_kv, head_dim, head_dim_v = qkv_sizes(q, k, v)
     if attn_bias is not None or alibi_slopes is not None or attn_sink is not None or key_mask is not None:
-        _check_options(q, problem, attn_bias, alibi_slopes, attn_sink, key_mask)
+        _check_options(q, (batch, nheads_q, seqlen_q, seqlen_k), attn_bias, alibi_slopes, attn_sink, key_mask)
     if dropout_p != 0.0:
         check_rng_state(q, rng_state)
-    _, _, _, nheads_q, nheads_kv, head_dim, head_dim_v = problem
-    spec = AttentionSpec(
-        device.arch(q),
+    arch, tf32 = ("cpu", False) if q.is_cpu else (device.arch(q), device.allows_tf32(q))
+    return (
+        arch,
         q.dtype,
         head_dim,
         head_dim_v,
@@ -116,94 +114,100 @@ def attention_spec(
         key_mask is not None,
         dropout_p != 0.0,
         deterministic,
-        device.allows_tf32(q),
+        tf32,
         False,
         False,
-        *needs,
+        need_dq,
+        need_dkv,
+        need_dbias,
+        need_dsink,
     )
-    return spec, problem
 
 
-def qkv_problem(q: Tensor, k: Tensor, v: Tensor) -> Problem:
+def qkv_sizes(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
     """The sizes of q, k and v, which must agree."""
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     if len(q_shape) == len(k_shape) == len(v_shape) == 4:
         batch, seqlen_q, nheads_q, head_dim = q_shape
-        _, seqlen_k, nheads_kv, _ = k_shape
-        head_dim_v = v_shape[3]
+        batch_k, seqlen_k, nheads_kv, head_dim_k = k_shape
+        batch_v, seqlen_v, nheads_v, head_dim_v = v_shape
         dtype = q.dtype
         if (
-            k_shape == (batch, seqlen_k, nheads_kv, head_dim)
-            and v_shape == (batch, seqlen_k, nheads_kv, head_dim_v)
-            and nheads_kv > 0
-            and nheads_q >= nheads_kv
+            batch == batch_k == batch_v
+            and seqlen_k == seqlen_v
+            and nheads_kv == nheads_v
+            and head_dim == head_dim_k
+            and nheads_q >= nheads_kv > 0
             and nheads_q % nheads_kv == 0
             and head_dim > 0
             and head_dim_v > 0
-            and k.dtype is dtype
-            and v.dtype is dtype
+            and dtype is k.dtype
+            and dtype is v.dtype
             and dtype.is_floating_point
             and ((q.is_cpu and k.is_cpu and v.is_cpu) or q.device == k.device == v.device)
         ):
-            return Problem(batch, seqlen_q, seqlen_k, nheads_q, nheads_kv, head_dim, head_dim_v)
+            return batch, seqlen_q, seqlen_k, nheads_q, nheads_kv, head_dim, head_dim_v
     raise _qkv_error({"q": q, "k": k, "v": v}, paged=False)
 
 
 def _qkv_error(tensors: dict[str, Tensor], paged: bool, quantized: bool = False) -> Exception:
     """Why q and a pair of k and v (or of caches) do not go together; the first of the contradictions, in words."""
-    (_, q), (k_name, k), (v_name, v) = tensors.items()
     for name, tensor in tensors.items():
         if tensor.dim() != 4:
             return ValueError(f"{name} must be {ROLES[name]}, got {checks.shape(tensor)}")
+    return _kind_error(tensors, quantized) or _shape_error(tensors, paged)
+
+
+def _kind_error(tensors: dict[str, Tensor], quantized: bool) -> Exception | None:
+    (_, q), *others = tensors.items()
     if not q.dtype.is_floating_point:
         return TypeError(f"q must be floating point, got {checks.describe(q)}")
-    for name, tensor in ((k_name, k), (v_name, v)):
-        allowed = (q.dtype, *QUANTIZED_DTYPES) if quantized else (q.dtype,)
-        if tensor.dtype not in allowed:
+    for name, tensor in others:
+        if tensor.dtype is not q.dtype and not (quantized and tensor.dtype in QUANTIZED_DTYPES):
             descale = "; a quantised cache needs k_descale and v_descale" if tensor.dtype in QUANTIZED_DTYPES else ""
             return TypeError(f"{name} must have q's dtype {q.dtype}, got {checks.describe(tensor)}{descale}")
         if tensor.device != q.device:
             return ValueError(f"{name} must be on q's device {q.device}, got {checks.describe(tensor)}")
+    return None
+
+
+def _shape_error(tensors: dict[str, Tensor], paged: bool) -> Exception:
+    (_, q), (k_name, k), (v_name, v) = tensors.items()
     batch, _, nheads_q, head_dim = q.shape
-    if head_dim < 1 or v.shape[3] < 1:
-        name, tensor = ("q", q) if head_dim < 1 else (v_name, v)
-        return ValueError(f"{name}'s head dimension (the last) must be at least 1, got {checks.shape(tensor)}")
+    for name, tensor in tensors.items():
+        if tensor.shape[3] < 1:
+            return ValueError(f"{name}'s head dimension (the last) must be at least 1, got {checks.shape(tensor)}")
     if k.shape[3] != head_dim:
-        return ValueError(
-            f"{k_name} must have q's head_dim {head_dim} (the last dimension), got {checks.shape(k)}; q is {checks.shape(q)}"
-        )
+        return ValueError(f"{k_name} must have q's head_dim {head_dim} (the last dimension), got {checks.shape(k)}")
     if not paged and k.shape[0] != batch:
         return ValueError(f"{k_name} must have q's batch size {batch}, got {checks.shape(k)}")
     if v.shape[:3] != k.shape[:3]:
-        return ValueError(
-            f"{v_name} must have {k_name}'s sizes {checks.shape(k)} but for the last dimension, got {checks.shape(v)}"
-        )
-    nheads_kv = k.shape[2]
+        expected = f"{k_name}'s sizes {checks.shape(k)} but for the last dimension"
+        return ValueError(f"{v_name} must have {expected}, got {checks.shape(v)}")
     return ValueError(
-        f"q's {nheads_q} heads must be a multiple of {k_name}'s {nheads_kv}, and both at least 1: q is {checks.shape(q)}, "
-        f"{k_name} {checks.shape(k)} (layout: batch, seqlen, heads, head_dim; pass a (batch, heads, seqlen, head_dim) "
-        "tensor as x.transpose(1, 2))"
+        f"q's {nheads_q} heads must be a multiple of {k_name}'s {k.shape[2]}, and both at least 1: q is "
+        f"{checks.shape(q)}, {k_name} {checks.shape(k)} (layout: batch, seqlen, heads, head_dim; pass a "
+        "(batch, heads, seqlen, head_dim) tensor as x.transpose(1, 2))"
     )
 
 
 def _check_options(
     q: Tensor,
-    problem: Problem,
+    full: tuple[int, int, int, int],
     attn_bias: Tensor | None,
     alibi_slopes: Tensor | None,
     attn_sink: Tensor | None,
     key_mask: Tensor | None,
 ) -> None:
-    batch, seqlen_q, seqlen_k, nheads_q = problem[:4]
+    batch, nheads_q, _, seqlen_k = full
     if key_mask is not None:
         checks.require_dtype("key_mask", key_mask, (torch.bool,))
         checks.require_shape("key_mask", key_mask, {"(batch, seqlen_k)": (batch, seqlen_k)})
         checks.require_device("key_mask", key_mask, q.device)
     if attn_bias is not None:
         checks.require_dtype("attn_bias", attn_bias, (q.dtype, torch.float32))
-        full = (batch, nheads_q, seqlen_q, seqlen_k)
         if attn_bias.dim() != 4 or any(
-            size != 1 and size != wanted for size, wanted in zip(attn_bias.shape, full, strict=True)
+            size not in (1, wanted) for size, wanted in zip(attn_bias.shape, full, strict=True)
         ):
             raise ValueError(
                 f"attn_bias must be broadcastable to (batch, nheads_q, seqlen_q, seqlen_k) = {full}, "
@@ -237,10 +241,11 @@ def check_rng_state(q: Tensor, rng_state: Tensor | None) -> None:
     checks.require_device("rng_state", rng_state, q.device)
 
 
-def check_backward(problem: Problem, q: Tensor, do: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> None:
+def check_backward(do: Tensor, dlse: Tensor | None, q: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
     """What attention_bwd takes beyond the forward's arguments must fit them."""
-    out_shape = (problem.batch, problem.seqlen_q, problem.nheads_q, problem.head_dim_v)
-    lse_shape = (problem.batch, problem.nheads_q, problem.seqlen_q)
+    batch, seqlen_q, nheads_q, _ = q.shape
+    out_shape = (batch, seqlen_q, nheads_q, v.shape[3])
+    lse_shape = (batch, nheads_q, seqlen_q)
     wanted: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
         ("do", do, out_shape, q.dtype),
         ("out", out, out_shape, q.dtype),
@@ -253,7 +258,7 @@ def check_backward(problem: Problem, q: Tensor, do: Tensor, dlse: Tensor | None,
             raise ValueError(f"{name} must be {dtype} {tuple(sizes)} on {q.device}, got {checks.describe(tensor)}")
 
 
-def decode_spec(
+def decode_facts(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -263,16 +268,18 @@ def decode_spec(
     attn_sink: Tensor | None,
     k_descale: Tensor | None,
     v_descale: Tensor | None,
-    softmax_scale: float,
     window_left: int,
     window_right: int,
     softcap: float,
-    num_splits: int,
-) -> tuple[AttentionSpec, Problem]:
-    """Checks a call of attention_decode and tells what it is. Raises ValueError or TypeError naming the argument."""
+) -> tuple[Any, ...]:
+    """Checks a call of attention_decode; the fields of its AttentionSpec.
+
+    Raises ValueError or TypeError naming the argument.
+    """
     quantized = k_descale is not None or v_descale is not None
-    problem = _decode_problem(q, k_cache, v_cache, cache_seqlens, page_table, quantized)
-    batch, _, _, nheads_q, nheads_kv, head_dim, head_dim_v = problem
+    batch, _, _, nheads_q, nheads_kv, head_dim, head_dim_v = decode_sizes(
+        q, k_cache, v_cache, cache_seqlens, page_table, quantized
+    )
     if alibi_slopes is not None:
         check_alibi(q, batch, nheads_q, alibi_slopes)
     if attn_sink is not None:
@@ -283,50 +290,59 @@ def decode_spec(
             checks.require_dtype(name, descale, (torch.float32,))
             checks.require_shape(name, descale, allowed)
             checks.require_device(name, descale, q.device)
-    spec = AttentionSpec(
-        arch=device.arch(q),
-        dtype=q.dtype,
-        head_dim=head_dim,
-        head_dim_v=head_dim_v,
-        group=nheads_q // nheads_kv,
-        limited_left=window_left >= 0,
-        limited_right=window_right >= 0,
-        softcap=softcap != 0.0,
-        alibi=alibi_slopes is not None,
-        sink=attn_sink is not None,
-        tf32=device.allows_tf32(q),
-        paged=page_table is not None,
-        quantized=quantized,
+    arch, tf32 = ("cpu", False) if q.is_cpu else (device.arch(q), device.allows_tf32(q))
+    return (
+        arch,
+        q.dtype,
+        head_dim,
+        head_dim_v,
+        nheads_q // nheads_kv,
+        window_left >= 0,
+        window_right >= 0,
+        True,
+        softcap != 0.0,
+        alibi_slopes is not None,
+        False,
+        attn_sink is not None,
+        False,
+        False,
+        False,
+        tf32,
+        page_table is not None,
+        quantized,
+        False,
+        False,
+        False,
+        False,
     )
-    return spec, problem
 
 
-def _decode_problem(
+def decode_sizes(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     cache_seqlens: Tensor | None,
     page_table: Tensor | None,
     quantized: bool,
-) -> Problem:
+) -> Sizes:
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
     if page_table is None and not quantized:
         try:
-            problem = qkv_problem(q, k_cache, v_cache)
+            sizes = qkv_sizes(q, k_cache, v_cache)
         except (ValueError, TypeError):
             raise _qkv_error(tensors, paged=False) from None
     else:
-        problem = _special_cache_problem(tensors, page_table, quantized)
+        sizes = _special_cache_sizes(tensors, page_table, quantized)
     if cache_seqlens is not None:
         checks.require_dtype("cache_seqlens", cache_seqlens, (torch.int32,))
-        checks.require_shape("cache_seqlens", cache_seqlens, {"(batch,)": (problem.batch,)})
+        checks.require_shape("cache_seqlens", cache_seqlens, {"(batch,)": (sizes[0],)})
         checks.require_device("cache_seqlens", cache_seqlens, q.device)
     elif page_table is not None:
         raise ValueError("cache_seqlens is needed with page_table: int32 (batch,), the keys stored for each sequence")
-    return problem
+    return sizes
 
 
-def _special_cache_problem(tensors: dict[str, Tensor], page_table: Tensor | None, quantized: bool) -> Problem:
+def _special_cache_sizes(tensors: dict[str, Tensor], page_table: Tensor | None, quantized: bool) -> Sizes:
     """The sizes of a call on paged or quantised caches."""
     q, k_cache, v_cache = tensors.values()
     paged = page_table is not None
@@ -350,35 +366,34 @@ def _special_cache_problem(tensors: dict[str, Tensor], page_table: Tensor | None
             )
         checks.require_device("page_table", page_table, q.device)
         capacity = page_table.shape[1] * k_cache.shape[1]
-    return Problem(batch, seqlen_q, capacity, nheads_q, k_cache.shape[2], head_dim, v_cache.shape[3])
+    return batch, seqlen_q, capacity, nheads_q, k_cache.shape[2], head_dim, v_cache.shape[3]
 
 
-def check_cache_contents(
-    capacity: int, k_cache: Tensor, cache_seqlens: Tensor | None, page_table: Tensor | None
-) -> None:
-    """Reads cache_seqlens and page_table where that costs no synchronisation, on the CPU: lengths and pages must exist."""
-    if cache_seqlens is None or not cache_seqlens.is_cpu:
+def check_cache_contents(k_cache: Tensor, cache_seqlens: Tensor, page_table: Tensor | None) -> None:
+    """Lengths and pages must lie inside the cache. Reads them where that waits for nothing, on the CPU."""
+    if not cache_seqlens.is_cpu:
         return
     lengths = cache_seqlens.tolist()
-    for index, length in enumerate(lengths):
-        if not 0 <= length <= capacity:
-            raise ValueError(f"cache_seqlens[{index}] is {length}, but the cache holds 0 to {capacity} keys")
+    pages, page_size = k_cache.shape[:2]
+    capacity = page_size if page_table is None else page_table.shape[1] * page_size
+    if lengths and not 0 <= min(lengths) <= max(lengths) <= capacity:
+        index = next(index for index, length in enumerate(lengths) if not 0 <= length <= capacity)
+        raise ValueError(f"cache_seqlens[{index}] is {lengths[index]}, but the cache holds 0 to {capacity} keys")
     if page_table is None:
         return
-    pages, page_size = k_cache.shape[:2]
     for index, (length, row) in enumerate(zip(lengths, page_table.tolist(), strict=True)):
         for position, page in enumerate(row[: -(-length // page_size)]):
             if not 0 <= page < pages:
                 raise ValueError(f"page_table[{index}, {position}] is {page}, but the cache has {pages} pages")
 
 
-def merge_spec(outs: Tensor, lses: Tensor) -> MergeSpec:
-    """Checks a call of merge_attention: outs (n, ..., seqlen, nheads, head_dim_v), lses (n, ..., nheads, seqlen)."""
+def merge_facts(outs: Tensor, lses: Tensor) -> tuple[Any, ...]:
+    """Checks a call of merge_attention; the fields of its MergeSpec."""
     shape = outs.shape
     if len(shape) not in (4, 5):
         raise ValueError(
-            "outs must be stacked results (n, batch, seqlen_q, nheads_q, head_dim_v) or (n, total_q, nheads_q, head_dim_v), "
-            f"got {checks.shape(outs)}"
+            "outs must be stacked results (n, batch, seqlen_q, nheads_q, head_dim_v) or "
+            f"(n, total_q, nheads_q, head_dim_v), got {checks.shape(outs)}"
         )
     if not outs.dtype.is_floating_point:
         raise TypeError(f"outs must be floating point, got {checks.describe(outs)}")
@@ -388,7 +403,7 @@ def merge_spec(outs: Tensor, lses: Tensor) -> MergeSpec:
     checks.require_device("lses", lses, outs.device)
     spelled = "(n, batch, nheads_q, seqlen_q)" if len(shape) == 5 else "(n, nheads_q, total_q)"
     checks.require_shape("lses", lses, {spelled: (*shape[:-3], shape[-2], shape[-3])})
-    return MergeSpec(device.arch(outs), outs.dtype, shape[-1])
+    return device.arch(outs), outs.dtype, shape[-1]
 
 
 def check_merge_backward(do: Tensor, dlse: Tensor | None, outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
@@ -398,6 +413,5 @@ def check_merge_backward(do: Tensor, dlse: Tensor | None, outs: Tensor, lses: Te
         wanted.append(("dlse", dlse, lses))
     for name, tensor, stacked in wanted:
         if tensor.shape != stacked.shape[1:] or tensor.dtype is not stacked.dtype or tensor.device != stacked.device:
-            raise ValueError(
-                f"{name} must be {stacked.dtype} {tuple(stacked.shape[1:])} on {stacked.device}, got {checks.describe(tensor)}"
-            )
+            expected = f"{stacked.dtype} {tuple(stacked.shape[1:])} on {stacked.device}"
+            raise ValueError(f"{name} must be {expected}, got {checks.describe(tensor)}")

@@ -1,0 +1,379 @@
+"""Problems of attention for tests and `onepass check`: how inputs are drawn, how a problem is run on a backend."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onepass.core.registry import explain
+from onepass.ops.attention import kernels, spec
+from onepass.ops.attention.api import attention, attention_decode, merge_attention
+
+LAYOUTS = ("bshd", "bhsd", "packed", "v_transposed", "sliced", "expanded")
+_DIFFERENTIABLE = ("q", "k", "v", "attn_bias", "attn_sink")
+
+
+def normal(shape: tuple[int, ...], dtype: torch.dtype, device: str, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def lse_terms(q: Tensor) -> float:
+    """A relative error of the sum of exponentials is an absolute one of its logarithm.
+
+    Beside inputs of 16 bits, exponentials that are good to 2**-19 are enough.
+    """
+    return 1.0 if q.dtype.itemsize > 2 else 16.0
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One problem of `attention`, forward and backward."""
+
+    name: str
+    batch: int = 2
+    seqlen_q: int = 33
+    seqlen_k: int = 33
+    nheads_q: int = 2
+    nheads_kv: int = 2
+    head_dim: int = 32
+    head_dim_v: int | None = None
+    causal: bool = False
+    causal_alignment: str = "bottom_right"
+    softmax_scale: float | None = None
+    window_size: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    alibi: bool = False
+    bias: tuple[int, int, int, int] | None = None  # 1 = broadcast, 0 = the full size
+    sink: bool = False
+    key_mask: bool = False
+    dropout_p: float = 0.0
+    layout: str = "bshd"
+    amplitude: float = 1.0  # of q: how large the scores are
+    gradients: tuple[str, ...] = _DIFFERENTIABLE
+    through_lse: bool = True  # a random gradient for lse too
+
+    def inputs(self, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor]:
+        head_dim_v = self.head_dim_v or self.head_dim
+        q, k, v = self._draw_qkv(head_dim_v, dtype, device, generator)
+        found = {"q": q, "k": k, "v": v}
+        rows = (self.batch, self.nheads_q, self.seqlen_q)
+        if self.bias is not None:
+            full = (*rows, self.seqlen_k)
+            sizes = tuple(size if size else whole for size, whole in zip(self.bias, full, strict=True))
+            found["attn_bias"] = normal(sizes, dtype, device, generator)
+        if self.alibi:
+            found["alibi_slopes"] = torch.rand((self.batch, self.nheads_q), generator=generator).to(device)
+        if self.sink:
+            found["attn_sink"] = normal((self.nheads_q,), dtype, device, generator)
+        if self.key_mask:
+            mask = torch.rand((self.batch, self.seqlen_k), generator=generator) < 0.6
+            mask[:1] = False  # one sequence without keys
+            found["key_mask"] = mask.to(device)
+        if self.dropout_p:
+            found["rng_state"] = torch.randint(0, 2**62, (2,), generator=generator).to(device)
+        found["do"] = normal((self.batch, self.seqlen_q, self.nheads_q, head_dim_v), dtype, device, generator)
+        found["dlse"] = normal(rows, spec.lse_dtype(dtype), device, generator)
+        return found
+
+    def _draw_qkv(
+        self, head_dim_v: int, dtype: torch.dtype, device: str, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        def draw(*shape: int) -> Tensor:
+            return normal(shape, dtype, device, generator)
+
+        b, sq, sk, hq, hkv, d = (
+            self.batch,
+            self.seqlen_q,
+            self.seqlen_k,
+            self.nheads_q,
+            self.nheads_kv,
+            self.head_dim,
+        )
+        if self.layout == "packed":  # one tensor, as a fused projection gives it: nheads_q + 2 nheads_kv heads
+            packed = draw(b, max(sq, sk), hq + 2 * hkv, d)
+            q, k, v = packed.split((hq, hkv, hkv), 2)
+            q, k, v = q[:, :sq], k[:, :sk], v[:, :sk, :, :head_dim_v]
+        elif self.layout == "bhsd":
+            q, k, v = (
+                draw(b, h, s, n).transpose(1, 2) for h, s, n in ((hq, sq, d), (hkv, sk, d), (hkv, sk, head_dim_v))
+            )
+        elif self.layout == "v_transposed":
+            q, k, v = draw(b, sq, hq, d), draw(b, sk, hkv, d), draw(b, hkv, head_dim_v, sk).permute(0, 3, 1, 2)
+        elif self.layout == "sliced":  # every dimension strided
+            q = draw(b, 2 * sq, hq, 2 * d)[:, ::2, :, ::2]
+            k = draw(b, sk + 3, hkv, d + 5)[:, 3:, :, 5:]
+            v = draw(b, sk, 2 * hkv, 3 * head_dim_v)[:, :, ::2, ::3]
+        elif self.layout == "expanded":
+            q = draw(b, sq, hq, d)
+            k = draw(1, sk, 1, d).expand(b, sk, hkv, d)
+            v = draw(b, 1, hkv, head_dim_v).expand(b, sk, hkv, head_dim_v)
+        else:
+            q, k, v = draw(b, sq, hq, d), draw(b, sk, hkv, d), draw(b, sk, hkv, head_dim_v)
+        if self.amplitude != 1.0:
+            q = q.mul_(self.amplitude) if self.layout != "packed" else q * self.amplitude
+        return q, k, v
+
+    def options(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Keyword arguments of `attention`."""
+        named = ("attn_bias", "alibi_slopes", "attn_sink", "key_mask", "rng_state")
+        return {
+            "causal": self.causal,
+            "causal_alignment": self.causal_alignment,
+            "softmax_scale": self.softmax_scale,
+            "window_size": self.window_size,
+            "softcap": self.softcap,
+            "dropout_p": self.dropout_p,
+            **{name: inputs[name] for name in named if name in inputs},
+        }
+
+    def call(self, inputs: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+        """out, lse, and the gradients of every differentiable input, as d<name>."""
+        wanted = [name for name in self.gradients if name in inputs]
+        used = {name: x.detach().requires_grad_(name in wanted) for name, x in inputs.items()}
+        out, lse = attention(used["q"], used["k"], used["v"], **self.options(used), return_lse=True, backend=backend)
+        results = {"out": out.detach(), "lse": lse.detach()}
+        if not wanted:
+            return results
+        outputs, gradients = [out], [inputs["do"]]
+        if self.through_lse:
+            outputs, gradients = [out, lse], [inputs["do"], inputs["dlse"].to(lse.dtype)]
+        found = torch.autograd.grad(outputs, [used[name] for name in wanted], gradients)
+        return results | {f"d{name}": gradient for name, gradient in zip(wanted, found, strict=True)}
+
+    def terms(self, inputs: Mapping[str, Tensor]) -> dict[str, float]:
+        if not self.gradients or 0 in (self.batch, self.seqlen_q, self.seqlen_k):
+            return {"lse": lse_terms(inputs["q"])}
+        exact = ("q", "k", "v", "do", "dlse", "attn_bias", "attn_sink")
+        used = {name: x.double() if name in exact else x for name, x in inputs.items()}
+        q, k, v, do = (used[name] for name in ("q", "k", "v", "do"))
+        one_hot = torch.eye(self.seqlen_k, dtype=v.dtype, device=v.device)[None, :, None, :]
+        p = attention(
+            q, k, one_hot.expand(self.batch, -1, self.nheads_kv, -1), **self.options(used), backend="reference"
+        ).transpose(1, 2)
+        group = self.nheads_q // self.nheads_kv
+        k, v = (x.transpose(1, 2).abs().repeat_interleave(group, 1) for x in (k, v))
+        do = do.transpose(1, 2).abs()
+        ds = p * (do @ v.mT + (do * (p @ v)).sum(-1, keepdim=True) + used["dlse"].abs().unsqueeze(-1))
+        scale = abs(self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale)
+        return {
+            "lse": lse_terms(inputs["q"]),
+            "dq": scale * float((ds @ k).max()),
+            "dk": scale * float((ds.mT @ q.transpose(1, 2).abs()).max()),
+            "dattn_bias": float(ds.max()),
+        }
+
+    def backends(self, inputs: Mapping[str, Tensor]) -> list[str]:
+        """The backends that can do this case, forward and backward."""
+        used = {name: x.detach().requires_grad_(name in self.gradients) for name, x in inputs.items()}
+        able = []
+        for backend in kernels.FORWARD.backends:
+            verdict = explain("attention", used["q"], used["k"], used["v"], **self.options(used), backend=backend)
+            if all(choice.backend == backend for choice in verdict):
+                able.append(backend)
+        return able
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """One problem of `attention_decode`. What lies past cache_seqlens, and every unused page, holds NaN."""
+
+    name: str
+    lengths: tuple[int, ...] | None = (40, 7)  # cache_seqlens; None: full caches
+    seqlen_q: int = 1
+    capacity: int = 48
+    nheads_q: int = 4
+    nheads_kv: int = 2
+    head_dim: int = 32
+    head_dim_v: int | None = None
+    causal: bool = True
+    window_size: tuple[int, int] = (-1, -1)
+    softmax_scale: float | None = None
+    softcap: float = 0.0
+    alibi: bool = False
+    sink: bool = False
+    page_size: int | None = None
+    num_splits: int | None = None
+    heads_first: bool = False  # caches as views of (batch, nheads_kv, capacity, head_dim)
+
+    def inputs(self, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor]:
+        batch = 2 if self.lengths is None else len(self.lengths)
+        found = {"q": normal((batch, self.seqlen_q, self.nheads_q, self.head_dim), dtype, device, generator)}
+        for name, features in (("k_cache", self.head_dim), ("v_cache", self.head_dim_v or self.head_dim)):
+            if self.heads_first:
+                cache = normal((batch, self.nheads_kv, self.capacity, features), dtype, device, generator).transpose(
+                    1, 2
+                )
+            else:
+                cache = normal((batch, self.capacity, self.nheads_kv, features), dtype, device, generator)
+            for index, length in enumerate(self.lengths or ()):
+                cache[index, length:] = torch.nan
+            found[name] = cache
+        if self.lengths is not None:
+            found["cache_seqlens"] = torch.tensor(self.lengths, dtype=torch.int32, device=device)
+        if self.page_size is not None:
+            self._cut_into_pages(found, generator)
+        if self.alibi:
+            found["alibi_slopes"] = torch.rand((batch, self.nheads_q), generator=generator).to(device)
+        if self.sink:
+            found["attn_sink"] = normal((self.nheads_q,), dtype, device, generator)
+        return found
+
+    def _cut_into_pages(self, found: dict[str, Tensor], generator: torch.Generator) -> None:
+        """Pages in random order, as many again that hold NaN, and table entries past the end that name no page."""
+        size = self.page_size or 1
+        batch, capacity = found["k_cache"].shape[:2]
+        per_row = capacity // size
+        order = torch.randperm(2 * batch * per_row, generator=generator)[: batch * per_row].view(batch, per_row)
+        for name in ("k_cache", "v_cache"):
+            cache = found[name]
+            pages = cache.new_full((2 * batch * per_row, size, *cache.shape[2:]), torch.nan)
+            pages[order.to(cache.device)] = cache.unflatten(1, (per_row, size))
+            found[name] = pages
+        used = torch.arange(per_row) * size < found["cache_seqlens"].cpu().unsqueeze(1)
+        found["page_table"] = torch.where(used, order, -1).to(found["q"].device, torch.int32)
+
+    def options(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        named = ("cache_seqlens", "page_table", "alibi_slopes", "attn_sink")
+        return {
+            "causal": self.causal,
+            "window_size": self.window_size,
+            "softmax_scale": self.softmax_scale,
+            "softcap": self.softcap,
+            "num_splits": self.num_splits,
+            **{name: inputs[name] for name in named if name in inputs},
+        }
+
+    def call(self, inputs: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+        out, lse = attention_decode(
+            inputs["q"],
+            inputs["k_cache"],
+            inputs["v_cache"],
+            **self.options(inputs),
+            return_lse=True,
+            backend=backend,
+        )
+        return {"out": out, "lse": lse}
+
+    def terms(self, inputs: Mapping[str, Tensor]) -> dict[str, float]:
+        return {"lse": lse_terms(inputs["q"])}
+
+    def backends(self, inputs: Mapping[str, Tensor]) -> list[str]:
+        q, k, v = (inputs[name] for name in ("q", "k_cache", "v_cache"))
+        options = self.options(inputs)
+        return [
+            backend
+            for backend in kernels.DECODE.backends
+            if explain("attention_decode", q, k, v, **options, backend=backend)[0].backend == backend
+        ]
+
+
+@dataclass(frozen=True)
+class MergeCase:
+    """One problem of `merge_attention`: results over `parts` sets of keys, some of them empty."""
+
+    name: str
+    parts: int = 3
+    sizes: tuple[int, ...] = (2, 9, 4, 24)  # batch, seqlen_q, nheads_q, head_dim_v, or packed without batch
+    empty: bool = True
+
+    def inputs(self, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor]:
+        *leading, seqlen, nheads, _ = self.sizes
+        rows = (*leading, nheads, seqlen)
+        lses = 3 * normal((self.parts, *rows), spec.lse_dtype(dtype), device, generator)
+        outs = normal((self.parts, *self.sizes), dtype, device, generator)
+        if self.empty:
+            hidden = torch.rand(lses.shape, generator=generator).to(device) < 0.3
+            hidden[:, ..., 0] = True  # a row that no part has keys for
+            lses = lses.masked_fill(hidden, -torch.inf)
+            outs = outs.masked_fill(hidden.transpose(-1, -2).unsqueeze(-1), 0.0)
+        return {
+            "outs": outs,
+            "lses": lses,
+            "do": normal(self.sizes, dtype, device, generator),
+            "dlse": normal(rows, spec.lse_dtype(dtype), device, generator),
+        }
+
+    def call(self, inputs: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+        outs, lses = (inputs[name].detach().requires_grad_() for name in ("outs", "lses"))
+        out, lse = merge_attention(outs, lses, backend=backend)
+        douts, dlses = torch.autograd.grad([out, lse], [outs, lses], [inputs["do"], inputs["dlse"]])
+        return {"out": out.detach(), "lse": lse.detach(), "douts": douts, "dlses": dlses}
+
+    def terms(self, inputs: Mapping[str, Tensor]) -> dict[str, float]:
+        do, outs = inputs["do"].abs().double(), inputs["outs"].abs().double()
+        return {"lse": 1.0, "dlses": 2 * float((do * outs.amax(0)).sum(-1).max())}
+
+    def backends(self, inputs: Mapping[str, Tensor]) -> list[str]:
+        outs, lses = (inputs[name].detach().requires_grad_() for name in ("outs", "lses"))
+        return [
+            backend
+            for backend in kernels.MERGE.backends
+            if all(choice.backend == backend for choice in explain("merge_attention", outs, lses, backend=backend))
+        ]
+
+
+_ODD_HEAD_DIMS = (1, 33, 40, 72, 80, 96, 160, 256)
+
+CASES: list[AttentionCase | DecodeCase | MergeCase] = [
+    AttentionCase("plain", seqlen_q=130, seqlen_k=130),
+    AttentionCase("causal", seqlen_q=97, seqlen_k=97, causal=True),
+    AttentionCase("causal, longer keys", seqlen_q=21, seqlen_k=70, causal=True),
+    AttentionCase("causal, longer queries", seqlen_q=70, seqlen_k=21, causal=True),
+    AttentionCase("causal, top left", seqlen_q=70, seqlen_k=21, causal=True, causal_alignment="top_left"),
+    AttentionCase("one query", seqlen_q=1, seqlen_k=77),
+    AttentionCase("one key", seqlen_q=50, seqlen_k=1),
+    AttentionCase("one of each", batch=1, seqlen_q=1, seqlen_k=1, nheads_q=1, nheads_kv=1),
+    AttentionCase("no keys", seqlen_k=0),
+    AttentionCase("no queries", seqlen_q=0),
+    AttentionCase("empty batch", batch=0),
+    *(AttentionCase(f"head_dim {d}", head_dim=d, seqlen_q=37, seqlen_k=45, causal=d % 2 == 0) for d in _ODD_HEAD_DIMS),
+    AttentionCase("head_dim 192, head_dim_v 128", head_dim=192, head_dim_v=128, causal=True),
+    AttentionCase("head_dim 16, head_dim_v 40", head_dim=16, head_dim_v=40),
+    AttentionCase("grouped heads", nheads_q=8, nheads_kv=2, causal=True),
+    AttentionCase("one KV head", nheads_q=7, nheads_kv=1),
+    AttentionCase("window", seqlen_q=60, seqlen_k=90, window_size=(13, 5)),
+    AttentionCase("window, top left", seqlen_q=90, seqlen_k=60, window_size=(7, 0), causal_alignment="top_left"),
+    AttentionCase("causal window", seqlen_q=100, seqlen_k=100, window_size=(16, -1), causal=True),
+    AttentionCase("window of one key", window_size=(0, 0)),
+    AttentionCase("key_mask", seqlen_q=40, seqlen_k=66, key_mask=True, causal=True),
+    AttentionCase("scale 0", softmax_scale=0.0),
+    AttentionCase("negative scale", softmax_scale=-0.3, causal=True),
+    AttentionCase("huge scores", amplitude=300.0),
+    AttentionCase("tiny scores", amplitude=1e-4),
+    *(AttentionCase(f"layout {x}", layout=x, nheads_q=4, seqlen_k=40, causal=True) for x in LAYOUTS[1:]),
+    AttentionCase("softcap", softcap=2.5, amplitude=3.0, causal=True),
+    AttentionCase("alibi", alibi=True, causal=True, seqlen_k=50),
+    AttentionCase("bias", bias=(0, 0, 0, 0)),
+    AttentionCase("bias, broadcast", bias=(1, 0, 1, 0), causal=True),
+    AttentionCase("sink", sink=True, key_mask=True, causal=True),
+    AttentionCase("dropout", dropout_p=0.3, causal=True),
+    AttentionCase(
+        "everything",
+        nheads_q=4,
+        seqlen_k=50,
+        causal=True,
+        window_size=(20, -1),
+        softcap=4.0,
+        alibi=True,
+        bias=(0, 0, 0, 0),
+        sink=True,
+        key_mask=True,
+        dropout_p=0.2,
+    ),
+    DecodeCase("decode"),
+    DecodeCase("decode, full caches", lengths=None),
+    DecodeCase("decode, empty caches", lengths=(0, 5, 48)),
+    DecodeCase("decode, several queries", lengths=(40, 2, 7), seqlen_q=3),
+    DecodeCase("decode, not causal", seqlen_q=4, causal=False),
+    DecodeCase("decode, long", lengths=(700, 1024), capacity=1024, nheads_q=8, head_dim=64),
+    DecodeCase("decode, 3 splits", lengths=(200, 129), capacity=256, num_splits=3),
+    DecodeCase("decode, window", seqlen_q=2, window_size=(9, -1)),
+    DecodeCase("decode, head_dim 40, head_dim_v 72", head_dim=40, head_dim_v=72, heads_first=True),
+    DecodeCase("decode, softcap, alibi, sink", softcap=3.0, alibi=True, sink=True),
+    DecodeCase("decode, pages", page_size=8, lengths=(40, 7, 0)),
+    MergeCase("merge"),
+    MergeCase("merge, packed", sizes=(9, 4, 24)),
+    MergeCase("merge of one", parts=1, empty=False),
+]

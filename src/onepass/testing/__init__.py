@@ -1,0 +1,1 @@
+"""What tests, benchmarks and `onepass check` share: error budget, guarded inputs, peak memory, planted faults."""
