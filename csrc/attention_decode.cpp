@@ -192,13 +192,13 @@ struct Decode {
     return t;
   }
 
-  int64_t stored_keys(int64_t b) const { return a.cache_seqlens ? a.cache_seqlens[b] : p.seqlen_k; }
-
-  // The problem of one sequence: its own number of keys, queries at the bottom right of them.
+  // The problem of one sequence: with cache_seqlens its own number of keys, the queries at the bottom right of them.
   AttentionProblem sequence(int64_t b) const {
     AttentionProblem s = p;
-    s.seqlen_k = stored_keys(b);
-    s.shift = s.seqlen_k - s.seqlen_q;
+    if (a.cache_seqlens) {
+      s.seqlen_k = a.cache_seqlens[b];
+      s.shift = s.seqlen_k - s.seqlen_q;
+    }
     return s;
   }
 
@@ -219,11 +219,14 @@ struct Decode {
   }
 
   // Scores of one row to weights; unseen keys and the rest of the last vector get weight 0.
-  static void softmax_row(float* S, Query* P, int64_t keys, int64_t seen_begin, int64_t seen_end, float scale, float* m, float* l,
-                          float* rescale) {
+  static void softmax_row(float* S, Query* P, int64_t keys, int64_t seen_begin, int64_t seen_end, KeyMask mask, float scale, float* m,
+                          float* l, float* rescale) {
     for (int64_t j = 0; j < min_of(seen_begin, keys); j++) S[j] = NEG_INF;
     for (int64_t j = max_of(0, seen_end); j < keys; j++) S[j] = NEG_INF;
     for (int64_t j = keys; j < round_up(keys, VW); j++) S[j] = NEG_INF;
+    if (mask.data)
+      for (int64_t j = 0; j < keys; j++)
+        if (!mask.sees(j)) S[j] = NEG_INF;
     const vf factor = broadcast(scale);
     vf top = broadcast(NEG_INF);
     for (int64_t j = 0; j < keys; j += VW) {
@@ -247,13 +250,13 @@ struct Decode {
 
   template <int R>
   __attribute__((always_inline)) void attend_rows(Scratch& t, const AttentionProblem& s, int64_t r0, int64_t j0, int64_t keys, const T* k,
-                                                  int64_t stride_k, const T* v, int64_t stride_v, int64_t part) const {
+                                                  int64_t stride_k, const T* v, int64_t stride_v, KeyMask mask, int64_t part) const {
     const float scale = (float)(p.softmax_scale * 1.4426950408889634);
     score_keys<Features, R>(t.S, k, stride_k, keys, t.q + r0 * depth, depth);
     const int64_t group = p.nheads_q / p.nheads_kv;
     for (int r = 0; r < R; r++) {
       const int64_t i = (r0 + r) / group;
-      softmax_row(t.S + r * CHUNK, t.P + r * CHUNK, keys, first_key(s, i) - j0, end_key(s, i) - j0, scale, part_m + part + r0 + r,
+      softmax_row(t.S + r * CHUNK, t.P + r * CHUNK, keys, first_key(s, i) - j0, end_key(s, i) - j0, mask, scale, part_m + part + r0 + r,
                   part_l + part + r0 + r, t.rescale + r);
     }
     float* O = part_out + (part + r0) * depth_v;
@@ -293,10 +296,12 @@ struct Decode {
         v = t.V;
         stride_v = depth_v;
       }
+      KeyMask mask = key_mask_of(p, b);
+      if (mask.data) mask.data += j0 * mask.stride;
       int64_t r = 0;
-      for (; r + 4 <= rows; r += 4) attend_rows<4>(t, s, r, j0, keys, k, stride_k, v, stride_v, part);
-      for (; r + 2 <= rows; r += 2) attend_rows<2>(t, s, r, j0, keys, k, stride_k, v, stride_v, part);
-      for (; r < rows; r++) attend_rows<1>(t, s, r, j0, keys, k, stride_k, v, stride_v, part);
+      for (; r + 4 <= rows; r += 4) attend_rows<4>(t, s, r, j0, keys, k, stride_k, v, stride_v, mask, part);
+      for (; r + 2 <= rows; r += 2) attend_rows<2>(t, s, r, j0, keys, k, stride_k, v, stride_v, mask, part);
+      for (; r < rows; r++) attend_rows<1>(t, s, r, j0, keys, k, stride_k, v, stride_v, mask, part);
     }
   }
 

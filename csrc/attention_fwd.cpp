@@ -134,7 +134,8 @@ ONEPASS_INLINE void end_block(Scratch<Compute>& t, const AttentionProblem& p, in
 
 // `blocks` consecutive query blocks of one head.
 template <class Compute, class T>
-void attend_head(Scratch<Compute>& t, const AttentionFwdArgs& a, int64_t b, int64_t h, int64_t first_query, int64_t queries) {
+void attend_head(Scratch<Compute>& t, const AttentionFwdArgs& a, int64_t b, int64_t h, int64_t first_query, int64_t queries,
+                 int64_t block_q) {
   const AttentionProblem& p = a.problem;
   const int64_t h_kv = h / (p.nheads_q / p.nheads_kv);
   const T* q = (const T*)a.q.data + b * a.q.stride_b + h * a.q.stride_h;
@@ -146,8 +147,8 @@ void attend_head(Scratch<Compute>& t, const AttentionFwdArgs& a, int64_t b, int6
   const ScoreScale scale = score_scale(Compute{}, p.softmax_scale);
   const int64_t end = first_query + queries;
 
-  for (int64_t i0 = first_query, block = 0; i0 < end; i0 += BLOCK_Q, block++) {
-    const int64_t count = min_of(BLOCK_Q, end - i0);
+  for (int64_t i0 = first_query, block = 0; i0 < end; i0 += block_q, block++) {
+    const int64_t count = min_of(block_q, end - i0);
     ONEPASS_WITH_VECTORS(count, (begin_block<Compute, N>(t, p, block, q + i0 * a.q.stride_s, a.q, count, scale.into_q)));
   }
   const int64_t keys_end = end_key(p, end - 1);
@@ -155,13 +156,13 @@ void attend_head(Scratch<Compute>& t, const AttentionFwdArgs& a, int64_t b, int6
     const int64_t keys = min_of(BLOCK_K, keys_end - j0);
     const auto K = key_tile(Compute{}, t.K, k + j0 * a.k.stride_s, a.k.stride_s, a.k.stride_d, keys, p.head_dim);
     const auto V = value_tile(Compute{}, t.V, v + j0 * a.v.stride_s, a.v.stride_s, a.v.stride_d, keys, p.head_dim_v);
-    for (int64_t i0 = first_query, block = 0; i0 < end; i0 += BLOCK_Q, block++) {
-      const int64_t count = min_of(BLOCK_Q, end - i0);
+    for (int64_t i0 = first_query, block = 0; i0 < end; i0 += block_q, block++) {
+      const int64_t count = min_of(block_q, end - i0);
       ONEPASS_WITH_VECTORS(count, (attend_tile<Compute, N>(t, p, mask, scale.after, block, i0, count, j0, keys, K, V)));
     }
   }
-  for (int64_t i0 = first_query, block = 0; i0 < end; i0 += BLOCK_Q, block++) {
-    const int64_t count = min_of(BLOCK_Q, end - i0);
+  for (int64_t i0 = first_query, block = 0; i0 < end; i0 += block_q, block++) {
+    const int64_t count = min_of(block_q, end - i0);
     ONEPASS_WITH_VECTORS(count, (end_block<Compute, N>(t, p, block, out + i0 * a.out.stride_s, a.out.stride_s, lse + i0, count)));
   }
 }
@@ -169,8 +170,12 @@ void attend_head(Scratch<Compute>& t, const AttentionFwdArgs& a, int64_t b, int6
 template <class Compute, class T>
 int forward(const AttentionFwdArgs& a) {
   const AttentionProblem& p = a.problem;
-  const int64_t heads = p.batch * p.nheads_q, query_blocks = ceil_div(p.seqlen_q, BLOCK_Q);
-  if (heads == 0 || query_blocks == 0) return ONEPASS_OK;
+  const int64_t heads = p.batch * p.nheads_q;
+  if (heads == 0 || p.seqlen_q == 0) return ONEPASS_OK;
+  // Too few heads and blocks for the cores: smaller blocks, which use the multiply-add units less well but all of them.
+  int64_t block_q = BLOCK_Q;
+  while (block_q > VW && heads * ceil_div(p.seqlen_q, block_q) < p.num_threads) block_q -= VW;
+  const int64_t query_blocks = ceil_div(p.seqlen_q, block_q);
   // Blocks that share a packed tile save packing; fewer, larger pieces of work balance worse. Four pieces a thread are enough.
   int64_t blocks = 1;
   while (blocks < MAX_BLOCKS && heads * ceil_div(query_blocks, 2 * blocks) >= 4 * p.num_threads) blocks *= 2;
@@ -190,8 +195,8 @@ int forward(const AttentionFwdArgs& a) {
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t piece = 0; piece < pieces; piece++) {
         const int64_t head = piece / chunks, chunk = chunks - 1 - piece % chunks;  // causal: the longest first
-        const int64_t i0 = chunk * blocks * BLOCK_Q;
-        attend_head<Compute, T>(t, a, head / p.nheads_q, head % p.nheads_q, i0, min_of(blocks * BLOCK_Q, p.seqlen_q - i0));
+        const int64_t i0 = chunk * blocks * block_q;
+        attend_head<Compute, T>(t, a, head / p.nheads_q, head % p.nheads_q, i0, min_of(blocks * block_q, p.seqlen_q - i0), block_q);
       }
     }
   }

@@ -12,6 +12,7 @@ from onepass.core import cpu_library
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _UNLIMITED = -1
 _ABSENT = (0, 0, 0, 0, 0)
+_FEW_QUERIES = 8  # up to so many queries a KV head the decode kernel is faster: it fills vectors with features, not queries
 _FAR = 1 << 40  # windows are clamped here, so that index arithmetic cannot overflow
 
 # struct AttentionProblem, then the rest of each argument struct: q = int64_t or pointer, d = double.
@@ -53,12 +54,14 @@ def forward(
     batch, seqlen_q, nheads_q, _ = q.shape
     out = q.new_empty((batch, seqlen_q, nheads_q, v.shape[3]))
     lse = q.new_empty((batch, nheads_q, seqlen_q), dtype=torch.float32)
-    cpu_library.kernel("attention_fwd")(
-        _FWD.pack(
-            *_problem(q, k, v, key_mask, softmax_scale, window_left, window_right, bottom_right),
-            *_tensor(q), *_tensor(k), *_tensor(v), *_tensor(out), lse.data_ptr(),
-        )
+    arguments = (
+        *_problem(q, k, v, key_mask, softmax_scale, window_left, window_right, bottom_right),
+        *_tensor(q), *_tensor(k), *_tensor(v), *_tensor(out), lse.data_ptr(),
     )  # fmt: skip
+    if seqlen_q * (nheads_q // k.shape[2]) <= _FEW_QUERIES:
+        cpu_library.kernel("attention_decode")(_DECODE.pack(*arguments, 0, 0))
+    else:
+        cpu_library.kernel("attention_fwd")(_FWD.pack(*arguments))
     return out, lse
 
 
