@@ -1,4 +1,6 @@
-"""The command line: `onepass COMMAND`. This file knows the commands' names; each lives in `onepass.commands` and is imported when it is asked for."""
+"""The command line: `onepass COMMAND`. This file knows the commands' names; each lives in `onepass.commands` and is
+imported when it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,7 @@ def cli() -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 a check or comparison failed, 2 the request was wrong, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 a check failed or the user stopped it, 2 the request was wrong."""
     args = sys.argv[1:] if args is None else args
     try:
         cli.main(args, prog_name="onepass", standalone_mode=True)

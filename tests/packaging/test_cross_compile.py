@@ -20,7 +20,7 @@ def test_generic_build_compiles_for_aarch64(tmp_path):
         f"-DCMAKE_CXX_COMPILER={COMPILER}", "-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc",
     ]  # fmt: skip
     for command in (configure, ["cmake", "--build", str(tmp_path), "-j2"]):
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "warning:" not in done.stderr
     library = tmp_path / "libonepass_cpu.so"

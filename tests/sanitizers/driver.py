@@ -1,6 +1,7 @@
 """Runs every C++ kernel on awkward sizes; meant to run inside AddressSanitizer and UBSan (see test_sanitizers.py).
 
-Sizes are not multiples of any tile, tensors are views with odd strides, rows are empty. Outputs are compared with the reference, so
+Sizes are not multiples of any tile, tensors are views with odd strides, rows are empty. Outputs are compared with the
+reference, so
 that a kernel which did nothing would not pass.
 """
 
@@ -28,13 +29,19 @@ SHAPES = [  # batch, seqlen_q, seqlen_k, nheads_q, nheads_kv, head_dim, head_dim
 def compare(what: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     assert found.shape == expected.shape, f"{what}: {tuple(found.shape)} is not {tuple(expected.shape)}"
     close = torch.isclose(found.double(), expected.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
-    assert close.all(), f"{what}: {(~close).sum()} of {close.numel()} elements are further than {tolerance} from the reference"
+    assert close.all(), (
+        f"{what}: {(~close).sum()} of {close.numel()} elements are further than {tolerance} from the reference"
+    )
 
 
 def tensors(shape: tuple[int, ...], dtype: torch.dtype, strided: bool) -> list[torch.Tensor]:
     """q, k, v; strided: (batch, heads, seqlen, head_dim) in memory, with q's features two apart."""
     batch, seqlen_q, seqlen_k, nheads_q, nheads_kv, head_dim, head_dim_v = shape
-    sizes = [(batch, seqlen_q, nheads_q, head_dim), (batch, seqlen_k, nheads_kv, head_dim), (batch, seqlen_k, nheads_kv, head_dim_v)]
+    sizes = [
+        (batch, seqlen_q, nheads_q, head_dim),
+        (batch, seqlen_k, nheads_kv, head_dim),
+        (batch, seqlen_k, nheads_kv, head_dim_v),
+    ]
     if not strided:
         return [torch.randn(size).to(dtype) for size in sizes]
     q, k, v = (torch.randn(b, h, s, 2 * d).to(dtype).transpose(1, 2) for b, s, h, d in sizes)
@@ -59,7 +66,8 @@ def run_decode(dtype: torch.dtype, seqlen_q: int, capacity: int, heads: tuple[in
     q, k, v = tensors((2, seqlen_q, capacity, *heads, 40, 24), dtype, strided=capacity % 2 == 1)
     lengths = torch.tensor([capacity, capacity // 2], dtype=torch.int32)
     out, expected = (
-        onepass.attention_decode(q, k, v, cache_seqlens=lengths, num_splits=splits, backend=backend) for backend in ("cpu", "reference")
+        onepass.attention_decode(q, k, v, cache_seqlens=lengths, num_splits=splits, backend=backend)
+        for backend in ("cpu", "reference")
     )
     compare(f"decode {dtype} {seqlen_q} {capacity} {heads} {splits}", out, expected, DTYPES[dtype])
 
@@ -67,7 +75,9 @@ def run_decode(dtype: torch.dtype, seqlen_q: int, capacity: int, heads: tuple[in
 def run_merge(dtype: torch.dtype) -> None:
     outs, lses = torch.randn(3, 2, 5, 3, 33).to(dtype), torch.randn(3, 2, 3, 5)
     lses[0, 0, 0] = -torch.inf
-    for found, expected in zip(*(onepass.merge_attention(outs, lses, backend=b) for b in ("cpu", "reference")), strict=True):
+    for found, expected in zip(
+        *(onepass.merge_attention(outs, lses, backend=b) for b in ("cpu", "reference")), strict=True
+    ):
         compare(f"merge {dtype}", found, expected, DTYPES[dtype])
 
 

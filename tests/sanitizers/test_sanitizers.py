@@ -1,4 +1,6 @@
-"""The C++ kernels under AddressSanitizer and UBSan: out-of-bounds reads and writes and undefined arithmetic end the run."""
+"""The C++ kernels under AddressSanitizer and UBSan: out-of-bounds reads and writes and undefined arithmetic end the
+run.
+"""
 
 import os
 import subprocess
@@ -15,7 +17,9 @@ REPORTS = ("AddressSanitizer", "runtime error:")
 
 def runtime(name: str) -> Path:
     """A sanitizer's runtime as the compiler finds it; skips where it is not installed."""
-    found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    found = subprocess.run(
+        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     if not Path(found).is_absolute():
         pytest.skip(f"{name} is not installed beside g++")
     return Path(found).resolve()

@@ -36,7 +36,9 @@ def cpu_model() -> str:
 
 
 def device_slug() -> str:
-    """A folder name for results of this kind of machine: processor, cores, widest ISA, e.g. "amd-epyc-9654-2-cores-avx512-bf16"."""
+    """A folder name for results of this kind of machine: processor, cores, widest ISA, e.g. "amd-epyc-9654-2-cores-
+    avx512-bf16".
+    """
     info = _cpuinfo()
     # Cloud machines often hide the model's number; family and model of the processor tell the generation.
     numbers = f"family {info['cpu family']} model {info['model']}" if {"cpu family", "model"} <= info.keys() else ""
@@ -65,7 +67,9 @@ def clocks() -> dict[str, float | str]:
 
 def _git(folder: Path, *args: str) -> str:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=10, check=False
+        )
     except FileNotFoundError:  # git is not installed
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,4 +1,6 @@
-"""The roof that benchmarks divide by: multiply-adds per second, measured on this machine by a kernel of the library that touches no memory."""
+"""The roof that benchmarks divide by: multiply-adds per second, measured on this machine by a kernel of the library
+that touches no memory.
+"""
 
 from __future__ import annotations
 

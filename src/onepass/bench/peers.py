@@ -1,4 +1,6 @@
-"""What onepass is measured against. Every peer takes PyTorch's own layout, `(batch, nheads, seqlen, head_dim)`, so that it runs as its users run it."""
+"""What onepass is measured against. Every peer takes PyTorch's own layout, `(batch, nheads, seqlen, head_dim)`, so that
+it runs as its users run it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
-    """softmax(q k^T) v as one writes it in PyTorch; `hidden` (seqlen_q, seqlen_k) bool is True where a key is not seen."""
+    """softmax(q k^T) v as one writes it in PyTorch; `hidden` (seqlen_q, seqlen_k) is True where a key is not seen."""
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
     if hidden is not None:
         scores = scores.masked_fill(hidden, float("-inf"))
@@ -21,7 +23,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> T
 
 
 def sdpa_decode_gqa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One query over a cache with fewer KV heads, left to PyTorch: q (b, nheads_q, 1, d), k and v (b, nheads_kv, s, d)."""
+    """One query over a cache of fewer KV heads, left to PyTorch: q (b, nheads_q, 1, d), k, v (b, nheads_kv, s, d)."""
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 

@@ -1,4 +1,5 @@
-"""What a benchmark is made of, and where they are: every operation's folder may hold a `bench.py` that defines `BENCHMARK`.
+"""What a benchmark is made of, and where they are: every operation's folder may hold a `bench.py` that defines
+`BENCHMARK`.
 
 Those of whole models lie in `onepass.bench`, since operations know nothing of models.
 """
@@ -19,20 +20,25 @@ class Prepared:
     """One case with its inputs made: what each provider runs, and how its numbers are checked.
 
     providers: name -> a call without arguments that is timed. The first is ours, the others are peers.
-    errors:    runs every provider once and returns its worst error against fp64 in units of the error budget (1 = the budget).
+    errors:    runs every provider once and returns its worst error against fp64 in units of the error budget (1 = the
+               budget).
+    grad:      autograd records while it runs.
     """
 
     providers: Mapping[str, Callable[[], object]]
     errors: Callable[[], Mapping[str, float]]
+    grad: bool = False
 
 
 @dataclass(frozen=True)
 class Case:
     """One row of a benchmark.
 
-    flops, min_bytes: of one call, counting only what must be done (masked products are not, each input and output once); 0 = not counted.
+    flops, min_bytes: of one call, counting only what must be done (no masked products; each input and output once);
+                      0 = not counted.
     items:            what one call makes (tokens, say), for rates; 0 = not counted.
-    bars:             what is to be reached: "ratio" to the best peer (at least), "percent_of_peak" (at least), "seconds" (at most).
+    bars:             what is to be reached: "ratio" to the best peer (at least), "percent_of_peak" (at least),
+                      "seconds" (at most), "error_to_sdpa", our error over sdpa's (at most).
     memory:           also measure the peak memory of each provider beyond inputs and outputs.
     quick:            part of a quick run.
     """
@@ -91,7 +97,9 @@ OF_MODELS = {"generation": "onepass.bench.generation"}
 
 
 def modules() -> dict[str, str]:
-    """The module of every benchmark by the benchmark's name: those of operations in alphabetical order, then those of models."""
+    """The module of every benchmark by the benchmark's name: those of operations in alphabetical order, then those of
+    models.
+    """
     import onepass.ops
 
     folders = sorted(module.name for module in pkgutil.iter_modules(onepass.ops.__path__) if module.ispkg)

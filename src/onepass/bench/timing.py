@@ -1,4 +1,6 @@
-"""Times several callables against each other: interleaved, so that a clock that drifts or a neighbour who wakes up hits all of them alike."""
+"""Times several callables against each other: interleaved, so that a clock that drifts or a neighbour who wakes up hits
+all of them alike.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ class Samples:
 
 
 def calls_for(call: Callable[[], object], sample_seconds: float) -> int:
-    """How many calls in a row last about `sample_seconds`; at least one. The first call, which may warm things up, is not counted."""
+    """How many calls in a row last about `sample_seconds`; at least one. The first call, which may warm things up, is
+    not counted.
+    """
     call()
     calls = 1
     while True:
@@ -37,9 +41,11 @@ def interleaved(
     sample_seconds: float,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, Samples]:
-    """Take `repeats` samples of every provider in turn, each lasting about `sample_seconds`; `between` runs once a repeat.
+    """Take `repeats` samples of every provider in turn, each lasting about `sample_seconds`; `between` runs once a
+    repeat.
 
-    The order rotates from repeat to repeat, so that nobody always follows the same neighbour. Garbage is collected between repeats only.
+    The order rotates from repeat to repeat, so that nobody always follows the same neighbour. Garbage is collected
+    between repeats only.
     """
     samples = {name: Samples(calls_for(call, sample_seconds)) for name, call in providers.items()}
     names = list(providers)

@@ -1,0 +1,261 @@
+"""Runs a benchmark and writes its JSON: numbers are checked before they are timed, and a group can be measured again on
+its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onepass.bench import environment, registry, timing
+from onepass.bench.peak import fma_peak
+from onepass.core.files import replace_file
+from onepass.testing.memory import peak_bytes
+
+PEER_ERROR_LIMIT = 100.0  # budgets; a peer further from fp64 than this does not compute the same thing
+PEAK_SECONDS = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    num_threads:    of PyTorch and onepass alike.
+    repeats:        samples of each provider, interleaved; at least seven for a figure that is published.
+    sample_seconds: about how long one sample lasts; a call that lasts longer is its own sample.
+    quick:          only the cases marked quick.
+    seed:           of the inputs.
+    """
+
+    num_threads: int = 2
+    repeats: int = 9
+    sample_seconds: float = 0.02
+    quick: bool = False
+    seed: int = 0
+
+
+class NumericsError(RuntimeError):
+    """A provider's numbers are wrong, so its time means nothing."""
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of the samples."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
+def summarise(case: registry.Case, samples: Mapping[str, timing.Samples], peaks: Sequence[float]) -> dict[str, Any]:
+    """What follows from the samples: times, the best peer, the ratio to it, GFLOP/s, percent of peak.
+
+    A ratio is taken within each repeat, so that both sides saw the same machine; the best peer is the one with the
+    lowest median.
+    """
+    ours, *peers = samples
+    times = {name: spread(sample.seconds) for name, sample in samples.items()}
+    found: dict[str, Any] = {"seconds": times}
+    if peers:
+        best = min(peers, key=lambda name: times[name]["median"])
+        found["best_peer"] = best
+        found["ratios"] = {
+            peer: spread(
+                [theirs / mine for theirs, mine in zip(samples[peer].seconds, samples[ours].seconds, strict=True)]
+            )
+            for peer in peers
+        }
+    if case.flops:
+        found["gflops"] = {name: 1e-9 * case.flops / time["median"] for name, time in times.items()}
+        found["peak_gflops"] = statistics.median(peaks)
+        found["percent_of_peak"] = {name: 100.0 * rate / found["peak_gflops"] for name, rate in found["gflops"].items()}
+    if case.items:
+        found["items_per_second"] = {name: case.items / time["median"] for name, time in times.items()}
+    return found
+
+
+def check_numerics(group: str, case: registry.Case, errors: Mapping[str, float]) -> None:
+    """Raise NumericsError when ours is outside its budget or a peer computes something else."""
+    ours = next(iter(errors))
+    for name, error in errors.items():
+        limit = 1.0 if name == ours else PEER_ERROR_LIMIT
+        if not error <= limit:
+            raise NumericsError(
+                f"{group}, {case.name}: {name} is {error:.3g} error budgets from fp64, not {limit:g}; it was not timed"
+            )
+
+
+def extra_memory(call: Callable[[], object]) -> int:
+    """Peak bytes of one call beyond its inputs and its output, a tensor."""
+    output = call()
+    output_bytes = output.untyped_storage().nbytes() if isinstance(output, torch.Tensor) else 0
+    del output
+    ctypes.CDLL(None).malloc_trim(0)  # else pages that the C library keeps for the next call would not be counted
+    return max(0, peak_bytes(call) - output_bytes)
+
+
+def run_case(group: str, case: registry.Case, settings: Settings) -> dict[str, Any]:
+    """Check and measure one case."""
+    torch.manual_seed(settings.seed)
+    prepared = case.prepare()
+    with torch.set_grad_enabled(prepared.grad):
+        return _run_prepared(group, case, prepared, settings)
+
+
+def _run_prepared(group: str, case: registry.Case, prepared: registry.Prepared, settings: Settings) -> dict[str, Any]:
+    errors = dict(prepared.errors())
+    check_numerics(group, case, errors)
+    dtype: torch.dtype = getattr(torch, case.dtype)
+    peaks: list[float] = []
+
+    def measure_peak() -> None:
+        if case.flops:
+            peaks.append(fma_peak(dtype, settings.num_threads, PEAK_SECONDS))
+
+    samples = timing.interleaved(prepared.providers, settings.repeats, settings.sample_seconds, between=measure_peak)
+    row: dict[str, Any] = {
+        "name": case.name,
+        "params": dict(case.params),
+        "dtype": case.dtype,
+        "flops": case.flops,
+        "min_bytes": case.min_bytes,
+        "items": case.items,
+        "bars": dict(case.bars),
+        "error_in_budgets": errors,
+        "summary": summarise(case, samples, peaks),
+        "samples": {name: dataclasses.asdict(sample) for name, sample in samples.items()},
+    }
+    if case.memory:
+        row["memory_bytes"] = {name: extra_memory(call) for name, call in prepared.providers.items()}
+    return row
+
+
+def run_group(group: registry.Group, settings: Settings, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Measure one group in this process."""
+    cases = [case for case in group.cases if case.quick or not settings.quick]
+    rows = []
+    for number, case in enumerate(cases, 1):
+        progress(f"{group.name} {number}/{len(cases)}: {case.name}")
+        rows.append(run_case(group.name, case, settings))
+    return {
+        "title": group.title,
+        "unit": group.unit,
+        "axis": group.axis,
+        "mean_bar": group.mean_bar,
+        "last_rate_bar": group.last_rate_bar,
+        "settings": dataclasses.asdict(settings) | {"environment": dict(group.settings)},
+        "environment": environment.facts(settings.num_threads),
+        "geometric_mean": _geometric_mean(rows),
+        "cases": rows,
+    }
+
+
+def _geometric_mean(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Of the median ratios to the best peer of each case."""
+    ratios = [
+        row["summary"]["ratios"][row["summary"]["best_peer"]]["median"] for row in rows if "best_peer" in row["summary"]
+    ]
+    return math.exp(statistics.fmean(map(math.log, ratios))) if ratios else None
+
+
+def _run_in_child(benchmark: str, group: registry.Group, settings: Settings) -> dict[str, Any]:
+    """Measure one group in a process with its own environment variables; its messages go to our stderr."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "group.json"
+        variables = [f"{name}={value}" for name, value in group.settings.items()]
+        options = json.dumps(dataclasses.asdict(settings))
+        subprocess.run(
+            ["env", *variables, sys.executable, "-m", "onepass.bench.run", benchmark, group.name, options, str(out)],
+            check=True,
+        )
+        found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def run(
+    benchmark: registry.Benchmark,
+    settings: Settings,
+    out: Path,
+    groups: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measure the named groups (all of them when none is named) and return the whole result.
+
+    `out` is written after every group, whole or not at all; groups that are in it already and are not measured now
+    stay.
+    Raises ValueError for an unknown group or an `out` that holds another benchmark's results.
+    """
+    chosen = [benchmark.group(name) for name in groups] or list(benchmark.groups)
+    result: dict[str, Any] = load(out) if out.exists() else {"benchmark": benchmark.name, "groups": {}}
+    if result["benchmark"] != benchmark.name:
+        raise ValueError(
+            f"{out} holds results of {result['benchmark']!r}, not of {benchmark.name!r}; name another --out"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for group in chosen:
+        if settings.quick and not any(case.quick for case in group.cases):
+            continue
+        if group.settings:
+            progress(
+                f"{group.name}: in its own process with {', '.join(f'{k}={v}' for k, v in group.settings.items())}"
+            )
+            result["groups"][group.name] = _run_in_child(benchmark.name, group, settings)
+        else:
+            with threads(settings.num_threads):
+                result["groups"][group.name] = run_group(group, settings, progress)
+        order = [g.name for g in benchmark.groups if g.name in result["groups"]]
+        result["groups"] = {name: result["groups"][name] for name in order}
+        replace_file(out, (json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+def only(result: Mapping[str, Any], groups: Sequence[str]) -> dict[str, Any]:
+    """The result with the named groups alone; all of them when none is named."""
+    kept = {name: group for name, group in result["groups"].items() if not groups or name in groups}
+    return {**result, "groups": kept}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result file; ValueError says what is wrong with one that cannot be read."""
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(result, dict) or not {"benchmark", "groups"} <= result.keys():
+        raise ValueError(f"{path} is not a result of onepass bench: it lacks 'benchmark' or 'groups'")
+    return result
+
+
+class threads:
+    """Context manager: PyTorch, and with it onepass, uses this many threads."""
+
+    def __init__(self, num_threads: int) -> None:
+        if num_threads < 1:
+            raise ValueError(f"num_threads is {num_threads}; expected 1 or more")
+        self.num_threads = num_threads
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.num_threads)
+
+    def __exit__(self, *exc: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+def _child_main(benchmark: str, group: str, options: str, out: str) -> None:
+    settings = Settings(**json.loads(options))
+    with threads(settings.num_threads):
+        found = run_group(registry.find(benchmark).group(group), settings, lambda text: print(text, file=sys.stderr))
+    Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _child_main(*sys.argv[1:])
