@@ -5,8 +5,8 @@ of the facts the choice depends on, never raw lengths, so the cache stays small 
 """
 
 import importlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -94,6 +94,11 @@ class KernelTable:
     def backends(self) -> list[str]:
         return [kernel.backend for kernel in self.kernels]
 
+    @property
+    def usable(self) -> list[str]:
+        """The backends that this machine can run."""
+        return [kernel.backend for kernel in self.kernels if kernel.unavailable() is None]
+
     def forget(self) -> None:
         """Drops the cached choices (for tests that replace a launcher)."""
         self.launchers.clear()
@@ -155,16 +160,26 @@ def _describe(spec: Any) -> str:
     return ", ".join(f"{name}={value}" for name, value in fields.items() if value is not False)
 
 
-# What `use_backend` has set; "" leaves the choice to the tables. It is read in each operation's api.py alone.
-_backend_in_use: ContextVar[str] = ContextVar("onepass_backend", default="")
-backend_in_use = _backend_in_use.get
+class _InUse(threading.local):
+    """What `use_backend` has set; "" leaves the choice to the tables. torch.compile traces and guards it."""
+
+    def __init__(self) -> None:
+        self.backend = ""
+
+
+_in_use = _InUse()
+
+
+def backend_in_use() -> str:
+    """The name that `use_backend` has set, or "". Each operation's api.py alone asks."""
+    return _in_use.backend
 
 
 class use_backend:
     """Context manager: inside it every operation uses the backend `name`, or raises UnsupportedError.
 
     The name is resolved when an operation is called and travels with it into its backward. An argument `backend=` of a
-    call goes before it. The setting belongs to the current thread or asyncio task.
+    call goes before it. The setting belongs to the current thread.
 
         with onepass.use_backend("reference"):
             out = onepass.attention(q, k, v)
@@ -174,16 +189,17 @@ class use_backend:
         if not isinstance(name, str) or not name:
             raise ValueError(f"use_backend takes a backend's name, for example 'cpu', got {name!r}")
         self.name = name
-        self._tokens: list[Token[str]] = []
+        self._before: list[str] = []
 
     def __enter__(self) -> "use_backend":
-        self._tokens.append(_backend_in_use.set(self.name))
+        self._before.append(_in_use.backend)
+        _in_use.backend = self.name
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _backend_in_use.reset(self._tokens.pop())
+        _in_use.backend = self._before.pop()
 
 
 # explain("attention", ...) finds here what to ask; each operation's api.py adds its own.

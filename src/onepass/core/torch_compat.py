@@ -1,6 +1,7 @@
 """PyTorch's names that are private or moved between versions, gathered here alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -88,6 +89,13 @@ def autocast_enabled(tensor: Tensor) -> bool:
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(tensor.device.type)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Inside, and in functions that it decorates, PyTorch's operations keep their inputs' dtypes."""
+    with torch._C._DisableAutocast():
+        yield
 
 
 def fills_memory() -> bool:

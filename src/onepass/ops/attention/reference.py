@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from onepass.core.torch_compat import without_autocast
 from onepass.ops.attention.spec import lse_dtype
 
 _PHILOX_ROUNDS = 10
@@ -32,6 +33,7 @@ class _Scores(NamedTuple):
     softcap_slope: Tensor | None  # d capped / d uncapped
 
 
+@without_autocast()
 def forward(
     q: Tensor,
     k: Tensor,
@@ -63,6 +65,7 @@ def forward(
     return out.transpose(1, 2).to(q.dtype).contiguous(), lse.to(lse_dtype(q.dtype))
 
 
+@without_autocast()
 def backward(
     do: Tensor,
     dlse: Tensor | None,
@@ -124,6 +127,7 @@ def backward(
     return dq, dk, dv, dbias, dsink
 
 
+@without_autocast()
 def decode(
     q: Tensor,
     k_cache: Tensor,
@@ -162,7 +166,7 @@ def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     lse = torch.logsumexp(lses, 0)
     weights = _part_weights(lses, lse)
     parts = torch.where(weights == 0, 0.0, outs.to(weights.dtype))
-    return (weights * parts).sum(0).to(outs.dtype), lse
+    return (weights * parts).sum(0).to(outs.dtype).contiguous(), lse.contiguous()
 
 
 def merge_backward(
@@ -171,7 +175,7 @@ def merge_backward(
     """douts and dlses: weight * do, and weight * (do . (outs - out) + dlse)."""
     weights = _part_weights(lses, lse)
     grad = do.to(weights.dtype)
-    douts = (weights * grad).to(outs.dtype)
+    douts = (weights * grad).to(outs.dtype).contiguous()
     unweighted = (torch.where(weights == 0, 0.0, grad * (outs.to(weights.dtype) - out.to(weights.dtype)))).sum(-1)
     unweighted = unweighted.transpose(-1, -2)
     if dlse is not None:

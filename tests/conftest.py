@@ -1,0 +1,45 @@
+"""Seeds: every run draws a fresh one, prints it, and `--seed` replays it. Each test gets its own from it and its name."""
+
+import zlib
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=None, help="replay a run: the seed that its first lines print")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed is None:
+        config.option.seed = int(torch.empty((), dtype=torch.int64).random_(0, 2**31, generator=_fresh()))
+    if getattr(config.option, "hypothesisseed", None) is None:
+        config.option.hypothesisseed = str(config.option.seed)
+
+
+def _fresh() -> torch.Generator:
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"seed: {config.option.seed} (replay with --seed {config.option.seed})"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
+    if exitstatus:
+        terminalreporter.write_line(f"replay with --seed {config.option.seed}")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """This test's seed, printed when it fails."""
+    own = zlib.crc32(request.node.nodeid.encode()) ^ request.config.option.seed
+    print(f"seed {own}, from --seed {request.config.option.seed}")
+    return own
+
+
+@pytest.fixture
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
