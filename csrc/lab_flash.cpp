@@ -16,8 +16,8 @@
 
 #include "lab.h"
 
-// The products keep TILE_ROWS x TILE_VECTORS sums in registers: enough independent chains to keep the multipliers busy.
-constexpr int TILE_ROWS = VW == 16 ? 8 : 4, TILE_VECTORS = 3;
+// The products keep TILE_ROWS x (up to) 3 vectors of sums in registers: as many as fit, 32 registers with AVX-512, else 16.
+constexpr int TILE_ROWS = VW == 16 ? 8 : 4;
 
 // c (ROWS x VECTORS vectors) = alpha * c + a b, where a (ROWS x depth) has any strides and b (depth x width) has rows of width
 // floats, as has c. Without alpha, c = a b. A tile is summed on its own and then added: a long sum in two short levels rounds less.
@@ -49,17 +49,20 @@ static void product_columns(int64_t rows, const float* a, int64_t a_row, int64_t
   int64_t r = 0;
   for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
     tile_product<TILE_ROWS, VECTORS>(a + r * a_row, a_row, a_depth, b, depth, width, alpha, c + r * width);
+  for (; r + 2 <= rows; r += 2)
+    tile_product<2, VECTORS>(a + r * a_row, a_row, a_depth, b, depth, width, alpha, c + r * width);
   for (; r < rows; r++) tile_product<1, VECTORS>(a + r * a_row, a_row, a_depth, b, depth, width, alpha, c + r * width);
 }
 
-// The whole product: `rows` rows, and width floats across, TILE_VECTORS vectors at a time.
+// The whole product: columns go three vectors at a time, and two where three would leave a single one over.
 static void product(int64_t rows, const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t depth, int64_t width,
                     const float* alpha, float* c) {
-  int64_t n = 0;
-  for (; n + TILE_VECTORS * VW <= width; n += TILE_VECTORS * VW)
-    product_columns<TILE_VECTORS>(rows, a, a_row, a_depth, b + n, depth, width, alpha ? alpha + n : alpha, c + n);
-  for (; n < width; n += VW)
-    product_columns<1>(rows, a, a_row, a_depth, b + n, depth, width, alpha ? alpha + n : alpha, c + n);
+  for (int64_t n = 0; n < width;) {
+    const int64_t left = (width - n) / VW, vectors = left == 4 ? 2 : min_of(left, 3);
+    const auto columns = vectors == 3 ? product_columns<3> : vectors == 2 ? product_columns<2> : product_columns<1>;
+    columns(rows, a, a_row, a_depth, b + n, depth, width, alpha ? alpha + n : alpha, c + n);
+    n += vectors * VW;
+  }
 }
 
 // One tile of scores to weights in place, and m, l and alpha brought up to date: all for VW queries at once.
