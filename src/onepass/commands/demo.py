@@ -45,7 +45,7 @@ def chapter(console: Console, page: Report, title: str, text: str = "") -> Itera
 def show_machine(console: Console, page: Report) -> None:
     table = info.facts_table(info.gather())
     console.print(table)
-    page.table(table)
+    page.table(table, info.kernels_table())
 
 
 def show_check(console: Console, page: Report) -> bool:

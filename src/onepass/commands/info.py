@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from onepass.bench import environment
+from onepass.bench import environment, report
 from onepass.core import cpu_library
+from onepass.core.support_table import support_tables
 
 
 def gpus() -> list[str]:
@@ -53,6 +53,25 @@ def facts_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
+def kernels_table() -> Table:
+    """Features and the backends that have them here, `reference` aside; from the tables that choose the kernels."""
+    supports = list(support_tables())
+    table = Table(
+        title="What runs here", title_justify="left", caption="`reference` does all of it when asked for by name"
+    )
+    table.add_column("")
+    cells: dict[str, dict[str, str]] = {}
+    for support in supports:
+        table.add_column(support.title)
+        kernels = [kernel for kernel in support.table.kernels if not kernel.by_name_only]
+        for feature, spec in support.features().items():
+            able = [kernel.backend for kernel in kernels if not kernel.unsupported(spec)]
+            cells.setdefault(feature, {})[support.title] = ", ".join(able) or "-"
+    for feature, row in cells.items():
+        table.add_row(feature, *(row.get(support.title, "") for support in supports))
+    return table
+
+
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 def command(as_json: bool) -> None:
@@ -61,5 +80,7 @@ def command(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
-    console = Console(highlight=False)
-    console.print(facts_table(found))
+    console = report.console()
+    console.print(facts_table(found), highlight=False)
+    console.print()
+    console.print(kernels_table())
