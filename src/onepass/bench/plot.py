@@ -63,7 +63,6 @@ class Drawing:
             unit = PER_SECOND[self.group["unit"]]
             square = [first * unit * (place / self.places[0]) ** 2 for place in self.places]
             axes.plot(self.places, square, "k:", linewidth=1, label="grows as N²")
-        axes.legend(fontsize=7)
 
     def gflops(self, axes: Axes) -> None:
         self.draw(axes, self.summary("gflops"), "GFLOP/s")
@@ -80,6 +79,7 @@ class Drawing:
         values: dict[str, Column] = {p: [case["memory_bytes"].get(p) for case in self.cases] for p in self.providers}
         self.draw(axes, scaled(values, 2.0**-20), "memory beyond inputs and outputs, MiB")
         axes.set_yscale("symlog", linthresh=1.0)
+        axes.set_ylim(bottom=0)
 
     def ratio(self, axes: Axes) -> None:
         """The median ratio to the best peer with its quartiles, and each case's bar where it has one."""
@@ -94,7 +94,7 @@ class Drawing:
         ]
         if bars:
             axes.plot([x for x, _ in bars], [y for _, y in bars], "_", color="#b03030", markersize=12, label="bar")
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, frameon=False)
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set_ylim(bottom=0.0)
         axes.set_ylabel("best peer's time / ours")
@@ -129,6 +129,7 @@ class Drawing:
         axes.set_xlabel(self.axis)
         if self.counts_flops:
             axes.set_xscale("log", base=2)
+        axes.set_xticks(self.places, [case["params"][self.axis] for case in self.cases], rotation=60, fontsize=7)
 
 
 def scaled(values: Mapping[str, Column], factor: float) -> dict[str, Column]:
@@ -147,7 +148,8 @@ def draw_group(group: Mapping[str, Any]) -> Figure:
         grid = figure.subplots(1, len(panels), squeeze=False)
         for axes, panel in zip(grid[0], panels, strict=True):
             panel(axes)
-        figure.suptitle(f"{group['title']}\n{machine}", fontsize=9)
+        figure.suptitle(f"{group['title']}\n{machine}", fontsize=9, x=0.01, ha="left")
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="upper right", ncols=4, fontsize=8, frameon=False)
     return figure
 
 

@@ -153,7 +153,8 @@ def _cells(
 
 def _caption(group: Mapping[str, Any]) -> str:
     facts, settings = group["environment"], group["settings"]
-    mean = f"geometric mean of the ratios {group['geometric_mean']:.2f}; " if group["geometric_mean"] else ""
+    several = len(group["cases"]) > 1 and group["geometric_mean"] is not None
+    mean = f"geometric mean of the ratios {group['geometric_mean']:.2f}; " if several else ""
     return (
         f"{mean}{facts['cpu']}, {facts['isa']}, {facts['threads']} threads, torch {facts['torch']}, "
         f"{settings['repeats']} interleaved repeats{', quick' if settings['quick'] else ''}"
