@@ -1,6 +1,7 @@
 // Attention forward (FlashAttention-2, Dao 2023, turned for vector lanes): a block of queries stays, tiles of keys and values stream
-// past, and softmax is computed online: each query keeps the largest score so far (m) and the sum of exponentials (l);
-// when m grows, what is already in the output is rescaled by 2^(m_old - m_new).
+// past, and softmax is computed online: each query keeps a reference score (m) and the sum of exponentials relative to it (l).
+// m follows the largest score so far, but only once that has grown by 2^SLACK: exponentials up to 2^SLACK lose nothing in
+// floating point, and most tiles then leave the output as it is instead of rescaling it by 2^(m_old - m_new).
 //
 // Scores are in units of log2 (softmax_scale * log2(e) folded in), so exponentials are powers of two.
 #include <cmath>
@@ -10,6 +11,7 @@
 
 namespace {
 
+constexpr float SLACK = 8.f;
 constexpr int MAX_BLOCKS = 4;  // query blocks that share one packing of a key/value tile
 
 // One thread's scratch.
@@ -52,14 +54,18 @@ ONEPASS_INLINE void store_weights(bf16* P, int64_t j, int n, const vf (&p)[4]) {
 }
 #endif
 
-// Scores to weights: raises m and l of the block to include this tile, leaves 2^(m_old - m_new) in rescale.
+// Scores to weights: m and l of the block take in this tile, 2^(m_old - m_new) is left in rescale. False if that is 1 for all.
 template <class Compute, int N>
-ONEPASS_INLINE void softmax_tile(Scratch<Compute>& t, float* m, float* l, int64_t rows, float scale) {
+ONEPASS_INLINE bool softmax_tile(Scratch<Compute>& t, float* m, float* l, int64_t rows, float scale) {
   constexpr int LD = N * VW;
   const vf factor = broadcast(scale);
+  bool any_rescaled = false;
 #pragma GCC unroll 4
   for (int n = 0; n < N; n++) {
-    const vf m_old = load(m + n * VW), m_new = vmax(load(t.tile_max + n * VW) * factor, m_old);
+    const vf m_old = load(m + n * VW), top = load(t.tile_max + n * VW) * factor;
+    const vi grown = top > m_old + broadcast(SLACK);
+    const vf m_new = grown ? top : m_old;
+    any_rescaled |= any(grown);
     // A query that has seen no key yet has m = -inf; 0 in its place keeps -inf - m from being NaN.
     const vf m_finite = m_new == broadcast(NEG_INF) ? (vf){} : m_new;
     const vf rescale = vexp2<5>(m_old - m_finite);
@@ -79,6 +85,7 @@ ONEPASS_INLINE void softmax_tile(Scratch<Compute>& t, float* m, float* l, int64_
     store(m + n * VW, m_new);
     store(t.rescale + n * VW, rescale);
   }
+  return any_rescaled;
 }
 
 // One tile of keys against one block of N * VW queries.
@@ -100,11 +107,16 @@ ONEPASS_INLINE void attend_tile(Scratch<Compute>& t, const AttentionProblem& p, 
       store(t.tile_max + n * VW, top);
     }
   }
-  softmax_tile<Compute, N>(t, t.m + block * BLOCK_Q, t.l + block * BLOCK_Q, rows, scale);
-  for (int64_t d = 0; d < p.head_dim_v; d += TILE_M)
-    multiply_tile<Compute, TILE_M, N, Into::RESCALE_AND_ADD>(ceil_div(keys, Compute::STEP), V.data + d * Compute::STEP, Compute::STEP,
-                                                             V.stride, t.P, LD * Compute::STEP, t.Ot + block * t.o_size + d * LD, LD,
-                                                             t.rescale);
+  float* Ot = t.Ot + block * t.o_size;
+  const int64_t steps = ceil_div(keys, Compute::STEP);
+  if (softmax_tile<Compute, N>(t, t.m + block * BLOCK_Q, t.l + block * BLOCK_Q, rows, scale))
+    for (int64_t d = 0; d < p.head_dim_v; d += TILE_M)
+      multiply_tile<Compute, TILE_M, N, Into::RESCALE_AND_ADD>(steps, V.data + d * Compute::STEP, Compute::STEP, V.stride, t.P,
+                                                               LD * Compute::STEP, Ot + d * LD, LD, t.rescale);
+  else
+    for (int64_t d = 0; d < p.head_dim_v; d += TILE_M)
+      multiply_tile<Compute, TILE_M, N, Into::ADD>(steps, V.data + d * Compute::STEP, Compute::STEP, V.stride, t.P, LD * Compute::STEP,
+                                                   Ot + d * LD, LD);
 }
 
 template <class Compute, int N, class T>

@@ -52,6 +52,18 @@ ONEPASS_INLINE vf vmax(vf a, vf b) {
 #endif
 }
 
+// Whether any lane is set (comparisons give 0 or -1 in each).
+ONEPASS_INLINE bool any(vi v) {
+#if ONEPASS_VW == 16
+  return _mm512_test_epi32_mask((__m512i)v, (__m512i)v);
+#else
+  int32_t bits = 0;
+#pragma GCC unroll 16
+  for (int i = 0; i < VW; i++) bits |= v[i];
+  return bits;
+#endif
+}
+
 // Lane numbers 0, 1, 2, ...
 ONEPASS_INLINE vi lanes() {
   vi v;
