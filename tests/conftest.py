@@ -1,4 +1,4 @@
-"""Seeds: every run draws a fresh one, prints it, and `--seed` replays it. Each test gets its own from it and its name."""
+"""Seeds: every run draws a fresh one and prints it, `--seed` replays it. Each test gets its own by its name."""
 
 import zlib
 

@@ -30,9 +30,7 @@ def test_any_backward_follows_any_forward(
     q, k, v, do, dlse = (inputs[name] for name in ("q", "k", "v", "do", "dlse"))
     options = (None, None, None, inputs["key_mask"], None, case.head_dim**-0.5, -1, 0, True, 0.0, 0.0, False)
     out, lse = torch.ops.onepass.attention_fwd(q, k, v, *options, first)
-    gradients = torch.ops.onepass.attention_bwd(
-        do, dlse, q, k, v, out, lse, *options, True, True, False, False, second
-    )
+    gradients = torch.ops.onepass.attention_bwd(do, dlse, q, k, v, out, lse, *options, True, True, False, False, second)
     oracle = case.call(numerics.in_double(inputs), "reference")
     reference = case.call(inputs, "reference")
     terms = case.terms(inputs)
@@ -165,9 +163,7 @@ _quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthC
 def test_any_problem_is_within_budget(fused: str, case: AttentionCase, draws: int, half: bool) -> None:
     generator = torch.Generator().manual_seed(draws)
     with numerics.nan_filled_memory():
-        comparisons = numerics.compare_case(
-            case, torch.bfloat16 if half else torch.float32, "cpu", generator, fused
-        )
+        comparisons = numerics.compare_case(case, torch.bfloat16 if half else torch.float32, "cpu", generator, fused)
     numerics.assert_within_budget(comparisons, case=case, backend=fused, draws=draws)
 
 

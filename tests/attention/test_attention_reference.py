@@ -1,5 +1,6 @@
 """The reference against definitions that share no code with it: loops over rows, PyTorch's autograd, known answers."""
 
+import itertools
 import math
 
 import pytest
@@ -16,53 +17,60 @@ _ATTENTION_CASES = [case for case in CASES if isinstance(case, AttentionCase)]
 
 
 def by_rows(case: AttentionCase, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """In the order scale, softcap, ALiBi, bias, masks, sink; one (batch, head, query) at a time, differentiable."""
+    """One (batch, head, query) at a time, differentiable: out and lse as the conventions define them."""
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
-    batch, seqlen_q, nheads_q, head_dim = q.shape
-    seqlen_k, nheads_kv = k.shape[1:3]
-    scale = head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
-    shift = seqlen_k - seqlen_q if case.causal_alignment == "bottom_right" else 0
-    left, right = case.window_size
-    j = torch.arange(seqlen_k)
-    keep = None
+    batch, seqlen_q, nheads_q, _ = q.shape
+    group = nheads_q // k.shape[2]
+    keep = torch.ones(batch, nheads_q, seqlen_q, k.shape[1])
     if case.dropout_p:
-        keep = reference.dropout_keep(inputs["rng_state"], case.dropout_p, (batch, nheads_q, seqlen_q, seqlen_k))
+        keep = reference.dropout_keep(inputs["rng_state"], case.dropout_p, keep.shape)
     outs, lses = [], []
-    for b in range(batch):
-        for h in range(nheads_q):
-            keys, values = k[b, :, h // (nheads_q // nheads_kv)], v[b, :, h // (nheads_q // nheads_kv)]
-            for i in range(seqlen_q):
-                s = scale * (keys * q[b, i, h]).sum(-1)
-                if case.softcap:
-                    s = case.softcap * torch.tanh(s / case.softcap)
-                if case.alibi:
-                    s = s - inputs["alibi_slopes"][b, h].double() * (i + shift - j).abs()
-                if case.bias is not None:
-                    s = s + inputs["attn_bias"].expand(batch, nheads_q, seqlen_q, seqlen_k)[b, h, i]
-                seen = torch.ones(seqlen_k, dtype=torch.bool)
-                if case.causal:
-                    seen &= j <= i + shift
-                if left >= 0:
-                    seen &= j >= i + shift - left
-                if right >= 0:
-                    seen &= j <= i + shift + right
-                if case.key_mask:
-                    seen &= inputs["key_mask"][b]
-                logits = s[seen]
-                if case.sink:
-                    logits = torch.cat([logits, inputs["attn_sink"][h : h + 1]])
-                if len(logits) == 0:
-                    outs.append(v.new_zeros(v.shape[-1]))
-                    lses.append(v.new_tensor(-math.inf))
-                    continue
-                lse = torch.logsumexp(logits, 0)
-                p = torch.exp(s[seen] - lse)
-                if keep is not None:
-                    p = p * keep[b, h, i][seen] / (1 - case.dropout_p)
-                outs.append(p @ values[seen])
-                lses.append(lse)
-    out = torch.stack(outs).view(batch, nheads_q, seqlen_q, -1).transpose(1, 2) if outs else v.new_zeros(())
-    return out, torch.stack(lses).view(batch, nheads_q, seqlen_q) if lses else v.new_zeros(())
+    for b, h, i in itertools.product(range(batch), range(nheads_q), range(seqlen_q)):
+        seen = seen_keys(case, inputs, b, i)
+        s = row_of_scores(case, inputs, b, h, i)[seen]
+        logits = torch.cat([s, inputs["attn_sink"][h : h + 1]]) if case.sink else s
+        if len(logits) == 0:
+            outs.append(v.new_zeros(v.shape[-1]))
+            lses.append(v.new_tensor(-math.inf))
+            continue
+        lse = torch.logsumexp(logits, 0)
+        p = torch.exp(s - lse) * keep[b, h, i][seen] / (1 - case.dropout_p)
+        outs.append(p @ v[b, seen, h // group])
+        lses.append(lse)
+    rows = (batch, nheads_q, seqlen_q)
+    return torch.stack(outs).view(*rows, -1).transpose(1, 2), torch.stack(lses).view(rows)
+
+
+def row_of_scores(case: AttentionCase, inputs: dict[str, Tensor], b: int, h: int, i: int) -> Tensor:
+    """In the order scale, softcap, ALiBi, bias."""
+    q, k = inputs["q"], inputs["k"]
+    keys = k[b, :, h // (q.shape[2] // k.shape[2])]
+    scale = q.shape[3] ** -0.5 if case.softmax_scale is None else case.softmax_scale
+    s = scale * (keys * q[b, i, h]).sum(-1)
+    if case.softcap:
+        s = case.softcap * torch.tanh(s / case.softcap)
+    if case.alibi:
+        s = s - inputs["alibi_slopes"][b, h].double() * (i + shift_of(case) - torch.arange(case.seqlen_k)).abs()
+    if case.bias is not None:
+        s = s + inputs["attn_bias"].expand(case.batch, case.nheads_q, case.seqlen_q, case.seqlen_k)[b, h, i]
+    return s
+
+
+def seen_keys(case: AttentionCase, inputs: dict[str, Tensor], b: int, i: int) -> Tensor:
+    left, right = case.window_size
+    place, j = i + shift_of(case), torch.arange(case.seqlen_k)
+    seen = inputs["key_mask"][b].clone() if case.key_mask else torch.ones(case.seqlen_k, dtype=torch.bool)
+    if case.causal:
+        seen &= j <= place
+    if left >= 0:
+        seen &= j >= place - left
+    if right >= 0:
+        seen &= j <= place + right
+    return seen
+
+
+def shift_of(case: AttentionCase) -> int:
+    return case.seqlen_k - case.seqlen_q if case.causal_alignment == "bottom_right" else 0
 
 
 @pytest.mark.parametrize("case", _ATTENTION_CASES, ids=lambda case: case.name)
@@ -150,9 +158,7 @@ def test_decode_is_attention_over_the_stored_keys(case: DecodeCase, generator: t
             options.pop(name, None)
         if "alibi_slopes" in options:
             options["alibi_slopes"] = options["alibi_slopes"][b : b + 1]
-        out, lse = onepass.attention(
-            inputs["q"][b : b + 1], k, v, **options, return_lse=True, backend="reference"
-        )
+        out, lse = onepass.attention(inputs["q"][b : b + 1], k, v, **options, return_lse=True, backend="reference")
         torch.testing.assert_close(got["out"][b : b + 1], out)
         torch.testing.assert_close(got["lse"][b : b + 1], lse)
 

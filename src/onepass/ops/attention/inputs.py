@@ -159,8 +159,10 @@ class AttentionCase:
         scale = abs(self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale)
         return {
             "lse": lse_terms(inputs["q"]),
+            "out": float((p @ v).max()),
             "dq": scale * float((ds @ k).max()),
             "dk": scale * float((ds.mT @ q.transpose(1, 2).abs()).max()),
+            "dv": float((p.mT @ do).max()),
             "dattn_bias": float(ds.max()),
         }
 
