@@ -38,7 +38,7 @@ QUICK_SHAPES = {(1, 8, 1024, 64), (1, 8, 256, 32), (1, 8, 1000, 80)}
 ROOFLINE_SHAPE: Shape = (1, 8, 4096, 64)
 BACKWARD_FLOPS = 2.5  # five matrix products where the forward has two
 NAIVE_SEQLEN_LIMIT = 4096  # beyond it the scores alone would fill the memory of small machines
-CHECKED_QUERIES, CHECKED_PAIRS = 256, 1 << 24  # of a case, for the comparison with fp64
+CHECKED_PAIRS = 1 << 24  # (query, key) pairs of a case that are compared with fp64
 
 
 def score_flops(shape: Shape, causal: bool) -> float:
@@ -76,9 +76,9 @@ def forward_errors(
     """Each provider's error on the last queries of the heads, in budgets; peers' outputs are in their own layout."""
     outputs = {name: call() for name, call in providers.items()}
     ours = next(iter(outputs))
-    seqlen = inputs[0].shape[1]
-    queries = min(CHECKED_QUERIES, seqlen)
-    count = max(1, CHECKED_PAIRS // (queries * seqlen))
+    batch, seqlen, heads, _ = inputs[0].shape
+    count = batch * heads
+    queries = min(seqlen, CHECKED_PAIRS // (count * seqlen))
     q, k, v = (as_batch(x, count) for x in inputs)
     q = q[:, -queries:]  # causal masks are aligned to the bottom right, so the last queries alone see the same keys
 
