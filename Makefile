@@ -1,7 +1,12 @@
 # Two commands for a fresh Linux machine that has Python 3.10 or newer with venv, and g++:
 #   make demo    make .venv, install, show everything, write onepass-demo/report.html
 #   make test    lint, types and all tests
-# Variables: PYTHON (which interpreter), VENV (where), TORCH (what pip installs when no torch >= 2.9 is there yet), THREADS, ARGS (for make bench).
+# and
+#   make lint    ruff, ruff format --check, mypy
+#   make bench   every benchmark, results into benchmarks/ (an hour on two cores)
+#   make clean   remove what the above made
+# Variables: PYTHON (which interpreter), VENV (where), TORCH (what pip installs when no torch >= 2.9 is there yet),
+# THREADS, ARGS (more arguments for pytest or for onepass bench).
 PYTHON  ?= python3
 VENV    ?= .venv
 TORCH   ?= torch==2.13.0
@@ -15,10 +20,7 @@ SOURCES := pyproject.toml CMakeLists.txt README.md $(shell find csrc src -type f
 .PHONY: help demo test lint bench clean
 
 help:
-	@sed -n '1,4s/^# \{0,1\}//p' Makefile
-	@echo "  make lint    ruff, ruff format --check, mypy"
-	@echo "  make bench   every benchmark, results into benchmarks/ (an hour on two cores)"
-	@echo "  make clean   remove what the above made"
+	@sed -n '/^PYTHON/q; s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.installed-cli
 	$(BIN)/onepass demo --threads $(THREADS)
@@ -33,6 +35,7 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-cli
 	$(BIN)/onepass bench attention --plot --threads $(THREADS) $(ARGS)
+	$(BIN)/onepass bench generation --plot --threads $(THREADS) $(ARGS)
 
 # One file per set of extras: `make test` after `make demo` adds the tools for tests, and either installs again when a source has changed.
 $(VENV)/.installed-%: $(SOURCES) scripts/install.sh

@@ -48,9 +48,9 @@ def show_machine(console: Console, page: Report) -> None:
     page.table(table, info.kernels_table())
 
 
-def show_check(console: Console, page: Report) -> bool:
-    with console.status("comparing with fp64"):
-        rows = check.measure()
+def show_check(console: Console, page: Report, match: str) -> bool:
+    with console.status("comparing with fp64") as status:
+        rows = check.measure(match=match, progress=status.update)
     table = check.errors_table(rows)
     console.print(table)
     page.table(table)
@@ -105,19 +105,25 @@ def show_training(console: Console, page: Report, out: Path, seconds: float) -> 
     page.picture(out / "losses.png", "Training and validation loss over the steps")
 
 
-def show_bench(console: Console, page: Report, out: Path, threads: int, groups: tuple[str, ...]) -> None:
-    """A quick measurement against PyTorch."""
+def show_bench(console: Console, page: Report, out: Path, threads: int, groups: tuple[str, ...]) -> bool:
+    """A quick measurement against PyTorch; False when it found wrong numbers, which are not timed."""
     settings = run.Settings(num_threads=threads, repeats=7, sample_seconds=0.005, quick=True)
     path = out / "attention-quick.json"
     path.unlink(missing_ok=True)
-    with console.status("starting") as status:
-        result = run.run(registry.find("attention"), settings, path, groups, progress=status.update)
+    try:
+        with console.status("starting") as status:
+            result = run.run(registry.find("attention"), settings, path, groups, progress=status.update)
+    except run.NumericsError as error:
+        console.print(str(error), style="red", markup=False)
+        page.verbatim(str(error))
+        return False
     tables = report.tables(result)
     for table in tables:
         console.print(table)
     page.table(*tables)
     for picture in plot.draw(result, out, "attention-quick"):
         page.picture(picture, picture.stem)
+    return True
 
 
 @click.command(context_settings={"show_default": True})
@@ -128,7 +134,8 @@ def show_bench(console: Console, page: Report, out: Path, threads: int, groups: 
 @click.option("--tokens", default=1024, type=click.IntRange(min=1), help="Characters of Shakespeare to write.")
 @click.option("--train-seconds", default=60.0, type=click.FloatRange(min=1.0), help="About how long to train.")
 @click.option("--group", "groups", multiple=True, metavar="NAME", help="Only these benchmark groups of attention.")
-def command(out: Path, threads: int, tokens: int, train_seconds: float, groups: tuple[str, ...]) -> None:
+@click.option("--match", default="", metavar="TEXT", help="Check only cases whose name contains this.")
+def command(out: Path, threads: int, tokens: int, train_seconds: float, groups: tuple[str, ...], match: str) -> None:
     """Show everything in a few minutes and write a report."""
     out.mkdir(parents=True, exist_ok=True)
     console, page = report.console(), Report("onepass on this machine")
@@ -136,7 +143,7 @@ def command(out: Path, threads: int, tokens: int, train_seconds: float, groups: 
         with chapter(console, page, "This machine"):
             show_machine(console, page)
         with chapter(console, page, "Every backend against fp64", "Errors in units of the budget: at most 1 passes."):
-            passed = show_check(console, page)
+            passed = show_check(console, page, match)
         with chapter(
             console,
             page,
@@ -154,7 +161,7 @@ def command(out: Path, threads: int, tokens: int, train_seconds: float, groups: 
         with chapter(
             console, page, "Attention against PyTorch", "A quick look; `onepass bench attention` measures all cases."
         ):
-            show_bench(console, page, out, threads, groups)
+            passed = show_bench(console, page, out, threads, groups) and passed
     page.write(out / "report.html")
     console.print(f"\n[bold]The report with all pictures: {out / 'report.html'}[/bold]", highlight=False)
     if not passed:
