@@ -6,6 +6,7 @@ tokens and writing goes on. A cached and an uncached run slide at the same token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -79,20 +80,19 @@ def _generate(model: CachedModel, prompt: Tensor, config: SampleConfig) -> Itera
     context = model.config.context
     generator = torch.Generator().manual_seed(config.seed)
     cache = None if config.no_cache else model.new_cache(1, min(context, prompt.numel() + config.tokens))
-    window = prompt[-context:].reshape(1, -1)  # the text that the model sees
+    window = prompt[-context:].tolist()  # the text that the model sees
     unread = window  # the end of it that the cache has not seen
     for _ in range(config.tokens):
-        logits = _last_logits(model, window if cache is None else unread, cache)
-        token = choose_token(logits, config, generator)
+        tokens = torch.tensor([window if cache is None else unread], device=prompt.device)
+        token = choose_token(_last_logits(model, tokens, cache), config, generator)
         yield token
-        if window.shape[1] == context:
-            window = window[:, context - context // 2 :] if context > 1 else window[:, :0]
+        if len(window) < context:
+            window.append(token)
+            unread = [token]
+        else:
+            window = unread = [*window[context - context // 2 :], token]
             if cache is not None:
                 cache.reset()
-            window = unread = _appended(window, token)
-        else:
-            window = _appended(window, token)
-            unread = window[:, -1:]
 
 
 @torch.inference_mode()
@@ -101,21 +101,18 @@ def _last_logits(model: CachedModel, tokens: Tensor, cache: KVCache | None) -> T
     return model(tokens, cache=cache, last_only=True)[0, -1].float().cpu()
 
 
-def _appended(window: Tensor, token: int) -> Tensor:
-    return torch.cat([window, window.new_tensor([[token]])], dim=1)
-
-
 @torch.inference_mode()
 def choose_token(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> int:
     """Draws a token from ``logits`` (vocab_size,), fp32 on the CPU, as ``config`` says.
 
     Raises ``ValueError`` when the logits hold NaN or nothing finite: such a model has no next token.
     """
-    if not bool(torch.isfinite(logits).any()) or bool(torch.isnan(logits).any()):
+    highest = logits.max()  # NaN when any of them is
+    if not math.isfinite(float(highest)):
         raise ValueError("the model's logits are not finite: its weights or its attention gave NaN or infinity")
     if config.temperature == 0.0:
         return int(logits.argmax())
-    logits = logits / config.temperature
+    logits = (logits - highest) / config.temperature  # at most 0: even a tiny temperature overflows to -inf alone
     if config.top_k is not None and config.top_k < logits.numel():
         smallest_kept = logits.topk(config.top_k).values[-1]
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
@@ -124,4 +121,14 @@ def choose_token(logits: Tensor, config: SampleConfig, generator: torch.Generato
         ordered, order = probabilities.sort(descending=True, stable=True)
         likelier = ordered.cumsum(0) - ordered  # what the likelier tokens reach without this one
         probabilities[order[likelier >= config.top_p]] = 0.0
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    return _draw(probabilities, generator)
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator) -> int:
+    """The token at which the cumulative probability passes a uniform number; a third of torch.multinomial's time.
+
+    In fp64, a uniform number of 24 bits is below 1 by more than rounding, so a token of probability 0 is never drawn.
+    """
+    cumulative = probabilities.cumsum(0, dtype=torch.float64)
+    uniform = torch.rand(1, generator=generator).double()
+    return int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))

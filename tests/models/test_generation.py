@@ -21,7 +21,7 @@ def write(model, prompt=(1,), **options):
 
 @pytest.mark.parametrize("prompt", [(1,), tuple(range(13)), tuple(i % 13 for i in range(40))])
 def test_cached_and_uncached_agree_past_a_full_context(model, prompt):
-    options = dict(prompt=prompt, tokens=60, temperature=1.0)
+    options = {"prompt": prompt, "tokens": 60, "temperature": 1.0}
     assert write(model, **options) == write(model, **options, no_cache=True)
 
 

@@ -8,7 +8,8 @@ def test_round_trip():
     text = "être\n où? 你好 🙂"
     tokenizer = CharTokenizer.of_text(text)
     tokens = tokenizer.encode(text)
-    assert tokens.dtype == torch.int64 and tokens.shape == (len(text),)
+    assert tokens.dtype == torch.int64
+    assert tokens.shape == (len(text),)
     assert tokenizer.decode(tokens) == text
     assert tokenizer.decode(tokens.tolist()) == text
     assert tokenizer.encode("").shape == (0,)

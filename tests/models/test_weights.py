@@ -24,8 +24,10 @@ def stored(tmp_path):
 def test_round_trip_keeps_bf16_values(stored):
     path, model = stored
     loaded = load_model(path)
-    assert loaded.record == {"validation_loss": 1.5} and loaded.tokenizer.characters == "abcd"
-    assert not loaded.model.training and loaded.model.config == CONFIG
+    assert loaded.record == {"validation_loss": 1.5}
+    assert loaded.tokenizer.characters == "abcd"
+    assert not loaded.model.training
+    assert loaded.model.config == CONFIG
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor.bfloat16().float()), name
 
@@ -80,4 +82,5 @@ def test_failed_write_keeps_the_old_file(stored, monkeypatch):
     monkeypatch.setattr("onepass.core.files.os.fsync", full)
     with pytest.raises(OSError, match=r"could not write .*No space left on device; the file that was there"):
         save_model(path, GPT(CONFIG), CharTokenizer("abcd"))
-    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]

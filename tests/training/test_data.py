@@ -29,7 +29,8 @@ def test_files(tmp_path):
 
 def test_split_and_windows():
     text = TextData.of_text("abcdefghij" * 10, 16)
-    assert len(text.train) == 90 and len(text.validation) == 10
+    assert len(text.train) == 90
+    assert len(text.validation) == 10
     inputs, targets = random_windows(text.train, 5, 16, torch.Generator().manual_seed(0))
     assert inputs.shape == targets.shape == (5, 16)
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
@@ -59,7 +60,7 @@ def test_shakespeare_offline(tmp_path, monkeypatch):
 
 def test_shakespeare_is_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"something else"))
-    with pytest.raises(DataError, match="is not tinyshakespeare: sha256 .*; nothing was stored"):
+    with pytest.raises(DataError, match=r"is not tinyshakespeare: sha256 .*; nothing was stored"):
         load_text("shakespeare", tmp_path)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(data, "SHAKESPEARE_SHA256", hashlib.sha256(b"something else").hexdigest())

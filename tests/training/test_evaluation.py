@@ -47,7 +47,8 @@ def test_export_records_the_stored_file(tmp_path, monkeypatch):
     stored = load_model(target)
     assert stored.record == {"step": 3, **record}
     assert record["training"] == {"lr": 0.1}
-    assert all(torch.equal(a, b.bfloat16().float()) for a, b in zip(stored.model.parameters(), model.parameters()))
+    for mine, original in zip(stored.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, original.bfloat16().float())
     stored.model.set_attention("sdpa")
     losses = position_losses(stored.model, data.validation, *spread_starts(data.validation, 16))
     assert record["validation_loss"] == pytest.approx(float(losses.mean()), abs=1e-6)

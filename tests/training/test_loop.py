@@ -52,7 +52,8 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("step", [0, 3, 5, 7])
 def test_a_stopped_and_resumed_run_is_the_run_that_never_stopped(whole, tmp_path, step, number):
     result = train(CONFIG, tmp_path, progress=SignalAt(step, number))
-    assert result.stopped_by == number and result.step == step + 1
+    assert result.stopped_by == number
+    assert result.step == step + 1
     assert train(CONFIG, tmp_path, resume=True).step == CONFIG.steps
     assert losses(tmp_path) == losses(whole)
     for (name, mine), theirs in zip(
@@ -105,7 +106,8 @@ def test_it_learns(tmp_path):
     result = train(replace(CONFIG, data=str(text), steps=60, lr=1e-2, dropout=0.0, eval_every=20), tmp_path / "run")
     assert result.best_loss < 1.0
     stored = load_model(tmp_path / "run" / "best.safetensors")
-    assert stored.record["step"] == result.best_step and stored.model.config.context == CONFIG.context
+    assert stored.record["step"] == result.best_step
+    assert stored.model.config.context == CONFIG.context
 
 
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
@@ -131,9 +133,9 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
 def test_other_runs_are_refused(whole, tmp_path):
     with pytest.raises(CheckpointError, match="of an earlier run: continue it with --resume"):
         train(CONFIG, whole)
-    with pytest.raises(CheckpointError, match="no checkpoint .* to resume from"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint .* to resume from"):
         train(CONFIG, tmp_path, resume=True)
-    with pytest.raises(CheckpointError, match="lr was 0.002 and is now 0.001"):
+    with pytest.raises(CheckpointError, match=r"lr was 0\.002 and is now 0\.001"):
         train(replace(CONFIG, lr=1e-3), whole, resume=True)
     text = tmp_path / "text.txt"
     text.write_text("another text " * 50)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from onepass.core.device import named
 from onepass.generation import SampleConfig, generate
 from onepass.models.attention import ATTENTION_NAMES
 from onepass.models.weights import SHAKES, StoredModel, load_model
@@ -59,9 +60,10 @@ def command(
         seed=seed,
         no_cache=no_cache,
     )
-    stored = load_model(SHAKES if model in LENGTHS else model, device=device)
+    target = named(device)
+    stored = load_model(SHAKES if model in LENGTHS else model, device=target)
     stored.model.set_attention(attention, block_q=block_q, block_k=block_k)
-    beginning = stored.tokenizer.encode(prompt).to(device)
+    beginning = stored.tokenizer.encode(prompt).to(target)
     click.echo(f"number of parameters: {stored.model.parameter_count() / 1e6:.2f}M")
     sys.stdout.write(prompt)
     began = time.perf_counter()

@@ -24,3 +24,15 @@ def _arch(device: torch.device) -> str:
 def allows_tf32(tensor: Tensor) -> bool:
     """True when the caller lets fp32 products on this tensor's device run in TF32."""
     return tensor.is_cuda and tensor.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+
+def named(name: str) -> torch.device:
+    """The device that a user asked for by name. Raises ValueError when there is no such device on this machine."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is unknown; expected cpu, cuda, cuda:1, ...") from None
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device {name!r} is not there: PyTorch {torch.__version__} sees {count} CUDA devices")
+    return device

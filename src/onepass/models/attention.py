@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import onepass
-from onepass.models.kv_cache import KVCache
 
 __all__ = ["ATTENTION_NAMES", "LAB_STEPS", "AttentionChoice"]
 
 LAB_STEPS = ("naive", "blocked", "fused", "flash")
-ATTENTION_NAMES = ("auto", "cpu", "reference", "sdpa", *LAB_STEPS)
+_OF_ONEPASS = ("auto", "cpu", "reference")
+ATTENTION_NAMES = (*_OF_ONEPASS, "sdpa", *LAB_STEPS)
 
 
 class AttentionChoice(NamedTuple):
@@ -55,12 +55,26 @@ class AttentionChoice(NamedTuple):
             return self._lab_step(q, k, v, dropout_p)
         return onepass.attention(q, k, v, causal=True, dropout_p=dropout_p, backend=self._backend)
 
-    def cached(self, q: Tensor, cache: KVCache, layer: int) -> Tensor:
-        """Attention of a step's queries (batch, count, heads, head_dim) over a cache that holds their keys already."""
-        if q.shape[1] == 1 and self.name != "sdpa" and self.name not in LAB_STEPS:
-            keys, values = cache.keys[layer], cache.values[layer]
-            return onepass.attention_decode(q, keys, values, cache_seqlens=cache.lengths, backend=self._backend)
-        return self.full(q, *cache.filled(layer))
+    def cached(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of a step's queries (batch, count, heads, head_dim) over all keys so far, their own included."""
+        if q.shape[1] == 1 and self.name in _OF_ONEPASS:
+            return onepass.attention_decode(q, keys, values, backend=self._backend)
+        return self.full(q, keys, values)
+
+    def check_training(self, sample: Tensor, dropout_p: float) -> None:
+        """Tries one forward and backward of this attention, so that a run that cannot work ends before it begins.
+
+        ``sample`` (1, 1, heads, head_dim) has the dtype and device of the run's queries. Raises ``ValueError``: what
+        this attention cannot do, and what to change.
+        """
+        q = sample.detach().requires_grad_()
+        try:
+            self.full(q, q, q, dropout_p).sum().backward()
+        except onepass.UnsupportedError as error:
+            remedy = "train with attention 'sdpa' or 'reference'"
+            if dropout_p > 0.0:
+                remedy = f"set dropout to 0, or {remedy}: GPT's dropout {dropout_p} also drops attention weights"
+            raise ValueError(f"attention {self.name!r} cannot train this model: {remedy}\n{error}") from error
 
     @property
     def _backend(self) -> str | None:

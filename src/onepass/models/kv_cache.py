@@ -15,8 +15,7 @@ class KVCache:
     :func:`onepass.attention_decode` takes. In memory each head's tokens lie one after the other.
 
     A model calls :meth:`advance` once for the tokens of a step, then :meth:`append` in every layer. ``length`` counts
-    the tokens held, those of the step included; ``lengths`` is the same as an int32 tensor (batch,) on the cache's
-    device, kept so that no step has to build one.
+    the tokens held, those of the step included.
     """
 
     def __init__(
@@ -33,7 +32,6 @@ class KVCache:
         shape = (batch, heads, capacity, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(layers)]
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.capacity = capacity
         self.length = 0
 
@@ -46,20 +44,19 @@ class KVCache:
                 "call reset() and start from the last tokens of the text"
             )
         self.length = start + count
-        self.lengths.fill_(self.length)
         return start
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Stores a step's keys and values (batch, count, heads, head_dim) of one layer; ``advance`` came before."""
-        start = self.length - k.shape[1]
-        self.keys[layer][:, start : self.length] = k
-        self.values[layer][:, start : self.length] = v
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores a step's keys and values (batch, count, heads, head_dim) of one layer; ``advance`` came before.
 
-    def filled(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Views of the keys and values held: (batch, length, heads, head_dim) each."""
-        return self.keys[layer][:, : self.length], self.values[layer][:, : self.length]
+        Returns views of all that the layer holds now: (batch, length, heads, head_dim) each.
+        """
+        keys, values, end = self.keys[layer], self.values[layer], self.length
+        start = end - k.shape[1]
+        keys[:, start:end] = k
+        values[:, start:end] = v
+        return keys[:, :end], values[:, :end]
 
     def reset(self) -> None:
         """Forgets everything; the memory is kept."""
         self.length = 0
-        self.lengths.zero_()

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from onepass.core import device
 from onepass.generation import SampleConfig, generate
+from onepass.models.attention import AttentionChoice
 from onepass.models.gpt import GPT, GPTConfig
 from onepass.models.weights import save_model
 from onepass.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -140,7 +142,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, data: TextData) -> None:
         self.config, self.data = config, data
-        self.device = torch.device(config.device)
+        self.device = device.named(config.device)
+        _check_attention(config, self.device)
         torch.manual_seed(config.seed)
         self.model = GPT(config.model(len(data.tokenizer))).to(self.device)
         self.optimizer = _adamw(self.model, config, self.device)
@@ -250,7 +253,8 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False, progress: Pro
     """Trains a GPT and leaves it in the folder ``out``.
 
     With ``resume`` it continues from ``out/checkpoint.pt``; without, a folder that holds one already is refused.
-    Raises :class:`~onepass.training.data.DataError` for a text that cannot be used,
+    Raises ``ValueError`` for a device that is not there or an attention that cannot train this model on it,
+    :class:`~onepass.training.data.DataError` for a text that cannot be used,
     :class:`~onepass.training.checkpoint.CheckpointError` for a checkpoint of another run, ``OSError`` when the disk is
     full (the previous checkpoint is whole), and ``DivergedError`` when the loss is no longer finite.
     """
@@ -260,8 +264,8 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False, progress: Pro
         raise CheckpointError(f"{checkpoint} is of an earlier run: continue it with --resume, or choose another --out")
     saved = load_checkpoint(checkpoint) if resume else None
     data = TextData.of_text(load_text(config.data, Path(config.data_dir)), config.context)
-    devices = [torch.device(config.device)] if torch.device(config.device).type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    target = device.named(config.device)
+    with torch.random.fork_rng(devices=[target] if target.type == "cuda" else []):
         trainer = Trainer(config, data)
         if saved is not None:
             trainer.load_state(saved, checkpoint)
@@ -293,7 +297,6 @@ def _run(trainer: Trainer, out: Path, log: MetricsLog, stop: StopRequest, progre
     while True:
         if trainer.evaluation_due() and trainer.evaluated_at != trainer.step and not stop.requested():
             _evaluate(trainer, out, log, stop, progress)
-            save_checkpoint(out / "checkpoint.pt", trainer.state())
             began, first_step = time.perf_counter(), trainer.step
         if stop.requested() or trainer.step >= config.steps:
             break
@@ -322,6 +325,7 @@ def _evaluate(trainer: Trainer, out: Path, log: MetricsLog, stop: StopRequest, p
         record = {"step": trainer.step, "validation_loss_when_trained": loss}
         save_model(out / "best.safetensors", trainer.model, trainer.data.tokenizer, record)
     log.write([{"step": trainer.step, "validation_loss": loss}])
+    save_checkpoint(out / "checkpoint.pt", trainer.state())  # before anything is shown: the reader may have gone
     progress.evaluation(trainer.step, loss, best)
     if trainer.config.sample and not stop.requested():
         progress.sample(trainer.sample())
@@ -340,11 +344,19 @@ def _records(pending: list[tuple[int, float, Tensor, Tensor]]) -> list[dict[str,
     return records
 
 
-def _adamw(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+def _check_attention(config: TrainConfig, target: torch.device) -> None:
+    """Raises ``ValueError`` when this attention cannot train this model here: before the run, not in its first step."""
+    model = config.model(vocab_size=1)
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    queries = torch.zeros(1, 1, model.heads, model.head_dim, dtype=dtype, device=target)
+    AttentionChoice(model.attention).check_training(queries, model.dropout)
+
+
+def _adamw(model: nn.Module, config: TrainConfig, target: torch.device) -> torch.optim.AdamW:
     """AdamW whose decay is decoupled and spares vectors (norms and biases)."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=device.type == "cuda")
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=target.type == "cuda")

@@ -23,9 +23,14 @@ class MetricsLog:
         replace_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def write(self, records: list[dict[str, Any]]) -> None:
-        if records:
+        if not records:
+            return
+        try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(record) + "\n" for record in records))
+        except OSError as error:
+            reason = f"could not write {self.path}: {error.strerror}; the last checkpoint is whole"
+            raise OSError(error.errno, reason) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -101,7 +101,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise FileNotFoundError(f"there is no model file {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys()
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size
         raise WeightsError(
