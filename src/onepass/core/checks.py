@@ -54,7 +54,7 @@ def require_no_grad(name: str, tensor: Tensor, advice: str) -> None:
 
 def finite_float(name: str, value: Any) -> float:
     """`value` as a float; TypeError when it is no plain number, ValueError when NaN or infinite."""
-    if isinstance(value, Tensor) or not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
+    if isinstance(value, Tensor) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     result = float(value)
     if not math.isfinite(result):

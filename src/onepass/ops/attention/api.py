@@ -343,7 +343,7 @@ def _window(window_size: Any) -> tuple[int, int]:
     except (TypeError, ValueError):
         raise ValueError(f"window_size must be a pair (left, right), got {window_size!r}") from None
     for name, size in (("left", left), ("right", right)):
-        if not isinstance(size, int | torch.SymInt) or isinstance(size, bool):
+        if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
             raise TypeError(f"window_size's {name} must be an int, got {size!r}")
         if size < -1:
             raise ValueError(f"window_size's {name} must be at least 0, or -1 for unlimited, got {size}")
