@@ -18,9 +18,11 @@
 
 // The products keep TILE_ROWS x (up to) 3 vectors of sums in registers: as many as fit, 32 registers with AVX-512, else 16.
 constexpr int TILE_ROWS = VW == 16 ? 8 : 4;
+// Features of a score that are summed in one go: a long sum in two short levels rounds less.
+constexpr int64_t FEATURES = 64;
 
 // c (ROWS x VECTORS vectors) = alpha * c + a b, where a (ROWS x depth) has any strides and b (depth x width) has rows of width
-// floats, as has c. Without alpha, c = a b. A tile is summed on its own and then added: a long sum in two short levels rounds less.
+// floats, as has c. Without alpha, c = a b. The product is summed on its own and then added to c.
 template <int ROWS, int VECTORS>
 ONEPASS_INLINE void tile_product(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t depth, int64_t width,
                                  const float* alpha, float* c) {
@@ -87,11 +89,11 @@ static void online_softmax(float* scores, int64_t keys, int64_t width, float* m,
 // What one thread holds: `width` queries, the tile's block_q rounded up to whole vectors. The lanes past the last query carry
 // zeros along, and nobody reads them.
 struct Workspace {
-  float *q, *scores, *out, *m, *l, *alpha;
+  float *q, *scores, *out, *m, *l, *alpha, *ones;
 };
 
 static int64_t workspace_floats(const LabAttentionArgs* a, int64_t width, int64_t block_k) {
-  return width * (a->head_dim + block_k + a->head_dim_v + 3);
+  return width * (a->head_dim + block_k + a->head_dim_v + 4);
 }
 
 static Workspace workspace_at(float* p, const LabAttentionArgs* a, int64_t width, int64_t block_k) {
@@ -102,6 +104,7 @@ static Workspace workspace_at(float* p, const LabAttentionArgs* a, int64_t width
   w.m = w.out + a->head_dim_v * width;    // (width,) each
   w.l = w.m + width;
   w.alpha = w.l + width;
+  w.ones = w.alpha + width;
   return w;
 }
 
@@ -116,12 +119,15 @@ static void flash_block(const LabAttentionArgs* a, const Head& head, int64_t i_b
   for (int64_t i = 0; i < width; i++) {
     w.m[i] = -FLT_MAX;  // finite, so that m - m' is never inf - inf
     w.l[i] = 0.0f;
+    w.ones[i] = 1.0f;
   }
 
   const int64_t seen_by_all = visible_keys(a, i_begin), seen_by_any = visible_keys(a, i_end - 1);
   for (int64_t j = 0; j < seen_by_any; j += block_k) {
     const int64_t keys = min_of(block_k, seen_by_any - j);
-    product(keys, head.k + j * head.k_stride, head.k_stride, 1, w.q, a->head_dim, width, nullptr, w.scores);
+    for (int64_t d = 0; d < a->head_dim; d += FEATURES)
+      product(keys, head.k + j * head.k_stride + d, head.k_stride, 1, w.q + d * width, min_of(FEATURES, a->head_dim - d), width,
+              d == 0 ? nullptr : w.ones, w.scores);
     if (j + keys > seen_by_all)  // the tile crosses the causal diagonal
       for (int64_t i = 0; i < queries; i++)
         for (int64_t jj = max_of(0, visible_keys(a, i_begin + i) - j); jj < keys; jj++) w.scores[jj * width + i] = NEG_INF;

@@ -1,4 +1,4 @@
-"""Attention in four steps, from the formula to flash attention: to read, to run, to measure. README.md explains them."""
+"""Attention in four steps, from the formula to flash: to read, run and measure. README.md explains it."""
 
 from onepass.lab.steps import STEPS, attention_step, attention_step_and_memory
 
