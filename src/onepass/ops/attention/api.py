@@ -65,8 +65,7 @@ def attention(
         alibi_slopes: fp32 (nheads_q,) or (batch, nheads_q): adds -slope * abs(i + shift - j). No gradient.
         attn_bias: broadcastable to (batch, nheads_q, seqlen_q, seqlen_k), q's dtype or fp32, added to the scores;
             differentiable. A key whose bias is -inf is unseen.
-        attn_sink: (nheads_q,), q's dtype or fp32: one more logit per head that takes weight and adds no value;
-            differentiable.
+        attn_sink: (nheads_q,), q's dtype or fp32: one logit more per head, which adds no value; differentiable.
         key_mask: bool (batch, seqlen_k), True = seen.
         dropout_p: the probability with which a weight is dropped, 0 to 1.
         generator: draws rng_state in eager calls; not together with rng_state.
