@@ -176,7 +176,7 @@ ONEPASS_INLINE void gradient_tile(Scratch<Compute>& t, int64_t rows, float scale
 #pragma GCC unroll 2
       for (int x = 0; x < 2; x++) {
         const vf score = load(t.S + (j + x) * LD + n * VW);
-        p[x] = vexp2<Compute::EXP2_DEGREE>(Compute::STEP == 1 ? score - lse : score * factor - lse);
+        p[x] = vexp2(Compute::STEP == 1 ? score - lse : score * factor - lse);
         ds[x] = p[x] * (load(t.dP + (j + x) * LD + n * VW) - delta);
       }
       store_tile_rows<N>(t.P_rows, t.dS_rows, t.dS, j, n, p, ds);

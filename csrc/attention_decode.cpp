@@ -19,13 +19,13 @@ constexpr int PREFETCH = 8;         // keys ahead
 template <class T>
 struct Widened {
   typedef float Query;
-  static constexpr int STEP = 1, DEGREE = 5;
+  static constexpr int STEP = 1;
   ONEPASS_INLINE vf dot(vf acc, const T* key, const float* query) { return acc + load(key) * load(query); }
 };
 #if ONEPASS_BF16_DOT
 struct Paired {
   typedef bf16 Query;
-  static constexpr int STEP = 2, DEGREE = 4;
+  static constexpr int STEP = 2;
   ONEPASS_INLINE vf dot(vf acc, const bf16* key, const bf16* query) {
     return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)load_words(key), (__m512bh)load_words(query));
   }
@@ -239,7 +239,7 @@ struct Decode {
     const float m_finite = m_new == NEG_INF ? 0.f : m_new;
     vf sum = {};
     for (int64_t j = 0; j < keys; j += VW) {
-      const vf weight = vexp2<Features::DEGREE>(load(S + j) - broadcast(m_finite));
+      const vf weight = vexp2(load(S + j) - broadcast(m_finite));
       sum += weight;
       store_weight(P + j, weight);
     }

@@ -68,7 +68,7 @@ ONEPASS_INLINE bool softmax_tile(Scratch<Compute>& t, float* m, float* l, int64_
     any_rescaled |= any(grown);
     // A query that has seen no key yet has m = -inf; 0 in its place keeps -inf - m from being NaN.
     const vf m_finite = m_new == broadcast(NEG_INF) ? (vf){} : m_new;
-    const vf rescale = vexp2<5>(m_old - m_finite);
+    const vf rescale = grown ? vexp2(m_old - m_finite) : broadcast(1.f);  // exactly 1: vexp2(0) is 1 - 7e-8, which would add up
     vf sum[4] = {};
     const float* s = t.S + n * VW;
     for (int64_t j = 0; j < rows; j += 4) {
@@ -76,7 +76,7 @@ ONEPASS_INLINE bool softmax_tile(Scratch<Compute>& t, float* m, float* l, int64_
 #pragma GCC unroll 4
       for (int x = 0; x < 4; x++) {
         const vf score = load(s + (j + x) * LD);
-        p[x] = vexp2<Compute::EXP2_DEGREE>(Compute::STEP == 1 ? score - m_finite : score * factor - m_finite);
+        p[x] = vexp2(Compute::STEP == 1 ? score - m_finite : score * factor - m_finite);
         sum[x] += p[x];
       }
       store_weights<N>(t.P, j, n, p);

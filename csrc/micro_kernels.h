@@ -4,6 +4,7 @@
 //
 // A is read in place from memory, in either orientation; B and C are rows of vectors. One broadcast feeds N products,
 // so the loop is bound by the multiply-add units. The accumulators stay in registers: every loop over them is unrolled.
+// A tile's sum starts at zero and is added to C at the end: sums of sums lose less than one chain over a whole sequence.
 #pragma once
 #include "simd.h"
 
@@ -22,7 +23,6 @@ enum class Into { OVERWRITE, ADD, RESCALE_AND_ADD };
 struct Fp32 {
   typedef float Elem;
   static constexpr int STEP = 1;
-  static constexpr int EXP2_DEGREE = 5;
   typedef vf Vector;
   ONEPASS_INLINE vf load_vector(const float* p) { return load(p); }
   ONEPASS_INLINE vf broadcast_step(const float* p) { return broadcast(*p); }
@@ -33,7 +33,6 @@ struct Fp32 {
 struct Bf16Pairs {
   typedef bf16 Elem;
   static constexpr int STEP = 2;
-  static constexpr int EXP2_DEGREE = 4;
   typedef __m512bh Vector;
   ONEPASS_INLINE __m512bh load_vector(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
   ONEPASS_INLINE __m512bh broadcast_step(const bf16* p) {
@@ -54,11 +53,7 @@ ONEPASS_INLINE void multiply_tile(int64_t K, const typename Compute::Elem* A, in
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 16
-    for (int n = 0; n < N; n++) {
-      if (INTO == Into::OVERWRITE) acc[m][n] = (vf){};
-      if (INTO == Into::ADD) acc[m][n] = load(C + m * ldc + n * VW);
-      if (INTO == Into::RESCALE_AND_ADD) acc[m][n] = load(C + m * ldc + n * VW) * load(rescale + n * VW);
-    }
+    for (int n = 0; n < N; n++) acc[m][n] = (vf){};
 #pragma GCC unroll 2
   for (int64_t k = 0; k < K; k++) {
     typename Compute::Vector b[N];
@@ -80,6 +75,11 @@ ONEPASS_INLINE void multiply_tile(int64_t K, const typename Compute::Elem* A, in
       store(running_max + n * VW, top);
     }
 #pragma GCC unroll 16
-    for (int m = 0; m < M; m++) store(C + m * ldc + n * VW, acc[m][n]);
+    for (int m = 0; m < M; m++) {
+      float* c = C + m * ldc + n * VW;
+      if (INTO == Into::ADD) acc[m][n] += load(c);
+      if (INTO == Into::RESCALE_AND_ADD) acc[m][n] += load(c) * load(rescale + n * VW);
+      store(c, acc[m][n]);
+    }
   }
 }

@@ -190,36 +190,18 @@ ONEPASS_INLINE void store(f16* p, vf v) {
 
 // ---- 2^x
 
-// Minimax polynomials for 2^f in the relative error, which their rounding adds to: 7.5e-8, 2.6e-6, 7.5e-5 for degrees 5, 4, 3.
+// The minimax polynomial of degree 5 for 2^f, in the relative error: 7.5e-8, to which rounding adds as much.
 // AVX-512 splits x = floor(x) + f with f in [0, 1); the others round to nearest, f in [-0.5, 0.5].
-template <int DEGREE>
-struct Exp2Coefficients;
 #if ONEPASS_VW == 16
-template <>
-struct Exp2Coefficients<5> {
-  static constexpr float c[] = {0.999999925064f, 0.693153073207f, 0.240153616983f,
-                                0.0558263182317f, 0.0089893398766f, 0.00187757676566f};
-};
-template <>
-struct Exp2Coefficients<4> {
-  static constexpr float c[] = {1.00000259337f, 0.693003834484f, 0.241442756796f, 0.0520114607758f, 0.0135341678484f};
-};
+constexpr float EXP2_COEFFICIENTS[] = {0.999999925064f,  0.693153073207f,  0.240153616983f,
+                                       0.0558263182317f, 0.0089893398766f, 0.00187757676566f};
 #else
-template <>
-struct Exp2Coefficients<5> {
-  static constexpr float c[] = {1.00000007165f, 0.693146967065f, 0.240221197237f,
-                                0.0555071327186f, 0.00967554134312f, 0.0013276472632f};
-};
-template <>
-struct Exp2Coefficients<4> {
-  static constexpr float c[] = {0.999999261442f, 0.693121814743f, 0.240247448315f, 0.0559178603406f, 0.0095701018633f};
-};
+constexpr float EXP2_COEFFICIENTS[] = {1.00000007165f,   0.693146967065f,   0.240221197237f,
+                                       0.0555071327186f, 0.00967554134312f, 0.0013276472632f};
 #endif
 
 // 2^x for x <= 127; 2^-inf is 0 and NaN stays NaN. Without AVX-512, results below 2^-126 are flushed to 0.
-template <int DEGREE = 5>
 ONEPASS_INLINE vf vexp2(vf x) {
-  constexpr const float* c = Exp2Coefficients<DEGREE>::c;
 #if ONEPASS_VW == 16
   const vf f = (vf)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x); 0 for infinities
 #else
@@ -227,9 +209,9 @@ ONEPASS_INLINE vf vexp2(vf x) {
   const vf shifted = clamped + broadcast(0x1.8p23f);                 // rounds to an integer in the low mantissa bits
   const vf f = clamped - (shifted - broadcast(0x1.8p23f));
 #endif
-  vf p = broadcast(c[DEGREE]);
+  vf p = broadcast(EXP2_COEFFICIENTS[5]);
 #pragma GCC unroll 8
-  for (int i = DEGREE - 1; i >= 0; i--) p = p * f + broadcast(c[i]);
+  for (int i = 4; i >= 0; i--) p = p * f + broadcast(EXP2_COEFFICIENTS[i]);
 #if ONEPASS_VW == 16
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
