@@ -15,6 +15,11 @@ def test_round_trip():
     assert tokenizer.encode("").shape == (0,)
 
 
+def test_beginning():
+    assert CharTokenizer("ab\n").beginning == "\n"
+    assert CharTokenizer("ba").beginning == "a"
+
+
 def test_unknown_characters_are_named():
     tokenizer = CharTokenizer("abc")
     with pytest.raises(ValueError, match=r"lacks 'z' \(U\+007A\), 'é' \(U\+00E9\); its 3 characters are 'abc'"):

@@ -48,8 +48,9 @@ def whole(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", [0, 3, 5, 7])
+@pytest.mark.parametrize(
+    ("step", "number"), [(0, signal.SIGTERM), (3, signal.SIGTERM), (5, signal.SIGINT), (7, signal.SIGTERM)]
+)
 def test_a_stopped_and_resumed_run_is_the_run_that_never_stopped(whole, tmp_path, step, number):
     result = train(CONFIG, tmp_path, progress=SignalAt(step, number))
     assert result.stopped_by == number
@@ -65,6 +66,65 @@ def test_a_stopped_and_resumed_run_is_the_run_that_never_stopped(whole, tmp_path
     best, expected = (load_model(out / "best.safetensors") for out in (tmp_path, whole))
     assert best.record == expected.record
     assert all(torch.equal(a, b) for a, b in zip(best.model.parameters(), expected.model.parameters(), strict=True))
+
+
+def test_a_signal_during_validation_saves_and_resumes(whole, tmp_path):
+    class SignalInValidation(Progress):
+        def begin(self, trainer):
+            original = trainer.validate
+
+            def validate(stop):
+                if trainer.step == 8:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return original(stop)
+
+            trainer.validate = validate
+
+    result = train(CONFIG, tmp_path, progress=SignalInValidation())
+    assert result.stopped_by == signal.SIGTERM
+    assert result.step == 8
+    assert not [record for record in losses(tmp_path) if record["step"] == 8 and "validation_loss" in record]
+    train(CONFIG, tmp_path, resume=True)
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_a_reader_that_goes_away_loses_nothing(whole, tmp_path):
+    class Gone(Progress):
+        def evaluation(self, step, loss, best):
+            if step == 8:
+                raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        train(CONFIG, tmp_path, progress=Gone())
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 8
+    train(CONFIG, tmp_path, resume=True)
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_what_cannot_train_is_said_before_anything_is_written(tmp_path):
+    out = tmp_path / "run"
+    for attention, message in (("auto", "'auto' cannot train this model: set dropout to 0"), ("flash", "no backward")):
+        with pytest.raises(ValueError, match=message):
+            train(replace(CONFIG, attention=attention), out)
+    with pytest.raises(ValueError, match="device 'cuda:99' is not there"):
+        train(replace(CONFIG, device="cuda:99"), out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "reference", "sdpa"])
+def test_every_attention_with_a_backward_learns_the_same(tmp_path, name):
+    def run(attention, **change):
+        out = tmp_path / (attention + "".join(change))
+        train(replace(CONFIG, attention=attention, dropout=0.0, **change), out)
+        return [record["loss"] for record in losses(out) if "loss" in record]
+
+    assert run(name) == pytest.approx(run("reference", sample=0), abs=1e-4)
+
+
+def test_bf16_through_our_kernels(tmp_path):
+    train(replace(CONFIG, attention="auto", dropout=0.0, dtype="bf16"), tmp_path)
+    found = [record["loss"] for record in losses(tmp_path) if "loss" in record]
+    assert found[-1] < found[0]
 
 
 def test_a_killed_run_resumes_from_its_last_checkpoint(whole, tmp_path):

@@ -23,7 +23,7 @@ DEFAULTS = SampleConfig()
     "-m", "--model", default="shakes256", help=f"{', '.join(LENGTHS)}: how many characters to write; or a model file."
 )
 @click.option("--tokens", type=int, help="Characters to write [default: those of the model's name; 256 for a file].")
-@click.option("--prompt", default="\n", help="The beginning of the text.")
+@click.option("--prompt", help="The beginning of the text [default: a line feed].")
 @click.option("--attention", type=click.Choice(ATTENTION_NAMES), default="auto", help="How attention runs.")
 @click.option("-br", "--block-q", type=click.IntRange(min=1), help="Rows of a tile: the steps naive to flash.")
 @click.option("-bc", "--block-k", type=click.IntRange(min=1), help="Columns of a tile: the steps naive to flash.")
@@ -36,7 +36,7 @@ DEFAULTS = SampleConfig()
 def command(
     model: str,
     tokens: int | None,
-    prompt: str,
+    prompt: str | None,
     attention: str,
     block_q: int | None,
     block_k: int | None,
@@ -50,7 +50,7 @@ def command(
     """Write text with a model, as it streams."""
     if model not in LENGTHS and not Path(model).is_file():
         raise click.BadParameter(f"{model!r} is neither one of {', '.join(LENGTHS)} nor a model file", param_hint="-m")
-    if not prompt:
+    if prompt == "":
         raise click.BadParameter("the text needs a beginning of at least one character", param_hint="--prompt")
     config = SampleConfig(
         tokens=LENGTHS.get(model, DEFAULTS.tokens) if tokens is None else tokens,
@@ -63,6 +63,7 @@ def command(
     target = named(device)
     stored = load_model(SHAKES if model in LENGTHS else model, device=target)
     stored.model.set_attention(attention, block_q=block_q, block_k=block_k)
+    prompt = stored.tokenizer.beginning if prompt is None else prompt
     beginning = stored.tokenizer.encode(prompt).to(target)
     click.echo(f"number of parameters: {stored.model.parameter_count() / 1e6:.2f}M")
     sys.stdout.write(prompt)

@@ -81,10 +81,10 @@ class AttentionChoice(NamedTuple):
         return None if self.name == "auto" else self.name
 
     def _lab_step(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-        if dropout_p > 0.0:
-            raise ValueError(f"attention {self.name!r} has no dropout; got dropout {dropout_p}")
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise ValueError(f"attention {self.name!r} has no backward; train with auto, cpu, reference or sdpa")
+        if dropout_p > 0.0:
+            raise ValueError(f"attention {self.name!r} has no dropout; got dropout {dropout_p}")
         from onepass.lab import attention_step
 
         return attention_step(q, k, v, step=self.name, block_q=self.block_q, block_k=self.block_k, causal=True)

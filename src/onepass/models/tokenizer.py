@@ -27,6 +27,11 @@ class CharTokenizer:
         """The vocabulary of all characters that ``text`` has."""
         return cls("".join(sorted(set(text))))
 
+    @property
+    def beginning(self) -> str:
+        """A character for a text to begin after: a line feed, or the first of a vocabulary that has none."""
+        return "\n" if "\n" in self.characters else self.characters[0]
+
     def __len__(self) -> int:
         return len(self.characters)
 

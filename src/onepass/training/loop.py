@@ -193,11 +193,10 @@ class Trainer:
     def sample(self) -> str:
         """What the model writes now, after a line feed (or the vocabulary's first character)."""
         tokenizer = self.data.tokenizer
-        first = "\n" if "\n" in tokenizer.characters else tokenizer.characters[0]
         config = SampleConfig(tokens=min(self.config.sample, self.config.context), seed=self.config.seed)
         self.model.eval()
         try:
-            return tokenizer.decode(generate(self.model, tokenizer.encode(first).to(self.device), config))
+            return tokenizer.decode(generate(self.model, tokenizer.encode(tokenizer.beginning).to(self.device), config))
         finally:
             self.model.train()
 
