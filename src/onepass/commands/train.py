@@ -100,7 +100,7 @@ def command() -> None:
 @click.option("--sample", default=DEFAULTS.sample, help="Characters to write at each validation.")
 @click.option("--seed", default=DEFAULTS.seed)
 @click.pass_context
-def gpt(ctx: click.Context, out: Path, resume: bool, export: Path | None, **settings: Any) -> None:
+def gpt(ctx: click.Context, /, out: Path, resume: bool, export: Path | None, **settings: Any) -> None:
     """Train a GPT on the first nine tenths of a text and validate it on the rest.
 
     Ctrl-C and SIGTERM write a checkpoint first; --resume then continues to the very same losses.
