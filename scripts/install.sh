@@ -63,5 +63,10 @@ install_torch() {
 check_machine
 make_venv
 install_torch
-echo "onepass: building and installing onepass[$EXTRAS]"
-"$VENV/bin/python" -m pip install --quiet ".[$EXTRAS]"
+echo "onepass: building the wheel"
+rm -f dist/onepass-*.whl
+"$VENV/bin/python" -m pip wheel --quiet --no-deps --wheel-dir dist .
+echo "onepass: installing onepass[$EXTRAS]"
+# Its requirements first, where they are missing; then the wheel itself, which may differ from an installed one of the same version.
+"$VENV/bin/python" -m pip install --quiet "$(echo dist/onepass-*.whl)[$EXTRAS]"
+"$VENV/bin/python" -m pip install --quiet --no-deps --force-reinstall dist/onepass-*.whl

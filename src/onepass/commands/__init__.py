@@ -1,1 +1,1 @@
-"""One module per command of the command line; each defines a click command called `command` and is imported when it is run."""
+"""One module per command of the command line, imported when it is run; each defines a click command called `command`."""
