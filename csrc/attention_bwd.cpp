@@ -64,46 +64,38 @@ template <class T>
 ONEPASS_INLINE Tile<float> query_rows(Fp32, float* scratch, int64_t ld, const T* src, int64_t stride_s, int64_t stride_d, int64_t rows,
                                       int64_t depth) {
   if (is_float(src) && stride_d == 1 && depth == ld) return {(const float*)src, stride_s};
-  pack_rows(scratch, ld, rows, src, stride_s, stride_d, rows, depth);
+  pack_rows(scratch, ld, rows, src, stride_s, stride_d, rows, depth, KeyMask{});
   return {scratch, ld};
 }
 #if ONEPASS_BF16_DOT
 ONEPASS_INLINE Tile<bf16> query_rows(Bf16Pairs, bf16* scratch, int64_t ld, const bf16* src, int64_t stride_s, int64_t stride_d,
                                      int64_t rows, int64_t depth) {
-  pack_row_pairs(scratch, ld, src, stride_s, stride_d, rows, depth);
+  pack_row_pairs(scratch, ld, src, stride_s, stride_d, rows, depth, KeyMask{});
   return {scratch, 2 * ld};
 }
 #endif
 
-// K for dQ^T = K^T dS: rows (Fp32, the tile itself) or pairs of keys, features padded to TILE_M.
-ONEPASS_INLINE Tile<float> keys_by_feature(Fp32, float*, Tile<float> K, int64_t, const float*, int64_t, int64_t, int64_t, int64_t) { return K; }
+// K for dQ^T = K^T dS: the rows themselves (Fp32), or pairs of keys with features padded to TILE_M.
 template <class T>
-ONEPASS_INLINE Tile<float> keys_by_feature(Fp32, float*, Tile<float> K, int64_t, const T*, int64_t, int64_t, int64_t, int64_t) { return K; }
+ONEPASS_INLINE Tile<float> keys_by_feature(Fp32, float*, Tile<float> K, int64_t, const T*, int64_t, int64_t, int64_t, int64_t, KeyMask) {
+  return K;
+}
 #if ONEPASS_BF16_DOT
 ONEPASS_INLINE Tile<bf16> keys_by_feature(Bf16Pairs, bf16* scratch, Tile<bf16>, int64_t ld, const bf16* src, int64_t stride_s,
-                                          int64_t stride_d, int64_t keys, int64_t depth) {
-  pack_row_pairs(scratch, ld, src, stride_s, stride_d, keys, depth);
+                                          int64_t stride_d, int64_t keys, int64_t depth, KeyMask mask) {
+  pack_row_pairs(scratch, ld, src, stride_s, stride_d, keys, depth, mask);
   return {scratch, 2 * ld};
 }
 #endif
 
-// Rows of a key range: in place, or copied with padding (whole tiles of TILE_M keys, `ld` features).
-template <class Elem, class T>
-ONEPASS_INLINE Tile<Elem> range_rows(Elem* scratch, int64_t ld, bool in_place, const T* src, int64_t stride_s, int64_t stride_d, int64_t keys,
-                                     int64_t depth) {
-  if (in_place) return {(const Elem*)src, stride_s};
-  pack_rows(scratch, ld, round_up(keys, TILE_M), src, stride_s, stride_d, keys, depth);
+// Rows of a key range: in place, or copied with padding (whole groups of TILE_M keys, `ld` features: a multiple of TILE_M).
+template <class Compute, class T>
+ONEPASS_INLINE Tile<typename Compute::Elem> range_rows(Compute, typename Compute::Elem* scratch, int64_t ld, const T* src,
+                                                       const Tensor4& layout, int64_t keys, int64_t depth, KeyMask mask) {
+  if (depth == ld && rows_usable(Compute{}, src, layout.stride_d, keys, mask)) return {(const typename Compute::Elem*)src, layout.stride_s};
+  pack_rows(scratch, ld, round_up(keys, TILE_M), src, layout.stride_s, layout.stride_d, keys, depth, mask);
   return {scratch, ld};
 }
-template <class T>
-ONEPASS_INLINE bool rows_usable(Fp32, const T* src, int64_t stride_d, int64_t keys, int64_t depth) {
-  return is_float(src) && stride_d == 1 && keys % TILE_M == 0 && depth % TILE_M == 0;
-}
-#if ONEPASS_BF16_DOT
-ONEPASS_INLINE bool rows_usable(Bf16Pairs, const bf16*, int64_t stride_d, int64_t keys, int64_t depth) {
-  return stride_d == 1 && keys % TILE_M == 0 && depth % 2 == 0;
-}
-#endif
 
 // acc (keys x depth) += A^T (keys x queries, by rows of keys) x B (queries x depth), in register tiles M keys by N vectors.
 template <class Compute, int M, int N>
@@ -176,7 +168,7 @@ ONEPASS_INLINE void gradient_tile(Scratch<Compute>& t, int64_t rows, float scale
 #pragma GCC unroll 2
       for (int x = 0; x < 2; x++) {
         const vf score = load(t.S + (j + x) * LD + n * VW);
-        p[x] = vexp2(Compute::STEP == 1 ? score - lse : score * factor - lse);
+        p[x] = vexp(Compute::STEP == 1 ? score - lse : score * factor - lse);
         ds[x] = p[x] * (load(t.dP + (j + x) * LD + n * VW) - delta);
       }
       store_tile_rows<N>(t.P_rows, t.dS_rows, t.dS, j, n, p, ds);
@@ -199,11 +191,10 @@ struct Range {  // one piece of work
         scale(score_scale(Compute{}, args.problem.softmax_scale)) {
     const T* k = at(a.k, h_kv, j_begin);
     const T* v = at(a.v, h_kv, j_begin);
-    K = range_rows(t.K, t.key_depth, rows_usable(Compute{}, k, a.k.stride_d, keys, p.head_dim), k, a.k.stride_s, a.k.stride_d, keys,
-                   p.head_dim);
-    V = range_rows(t.V, t.val_depth, rows_usable(Compute{}, v, a.v.stride_d, keys, p.head_dim_v), v, a.v.stride_s, a.v.stride_d, keys,
-                   p.head_dim_v);
-    K_pairs = keys_by_feature(Compute{}, t.K_pairs, K, t.key_depth, k, a.k.stride_s, a.k.stride_d, keys, p.head_dim);
+    const KeyMask range_mask = mask.from(j_begin);
+    K = range_rows(Compute{}, t.K, t.key_depth, k, a.k, keys, p.head_dim, range_mask);
+    V = range_rows(Compute{}, t.V, t.val_depth, v, a.v, keys, p.head_dim_v, range_mask);
+    K_pairs = keys_by_feature(Compute{}, t.K_pairs, K, t.key_depth, k, a.k.stride_s, a.k.stride_d, keys, p.head_dim, range_mask);
     memset(t.dK, 0, sizeof(float) * (size_t)(round_up(keys, TILE_M) * t.ld));
     memset(t.dV, 0, sizeof(float) * (size_t)(round_up(keys, TILE_M) * t.ld_v));
   }
@@ -212,12 +203,12 @@ struct Range {  // one piece of work
     return (T*)x.data + b * x.stride_b + head * x.stride_h + row * x.stride_s;
   }
 
-  // lse in log2 units (+inf where the query saw nothing or does not exist, so that P is 0) and delta of the block.
+  // lse (+inf where the query saw nothing or does not exist, so that P is 0) and delta of the block.
   void load_statistics(int64_t h, int64_t i0, int64_t queries) {
     const int64_t row = (b * p.nheads_q + h) * p.seqlen_q + i0;
     for (int64_t i = 0; i < BLOCK_Q; i++) {
       const float lse = i < queries ? a.lse[row + i] : NEG_INF;
-      t.lse[i] = lse == NEG_INF ? -NEG_INF : lse * LOG2E;
+      t.lse[i] = lse == NEG_INF ? -NEG_INF : lse;
       t.delta[i] = i < queries && a.dlse ? -a.dlse[row + i] : 0.f;
     }
     for (int64_t i = 0; i < queries; i++) {

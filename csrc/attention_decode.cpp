@@ -166,8 +166,8 @@ struct Decode {
     depth = round_up(p.head_dim, FEATURES);
     depth_v = round_up(p.head_dim_v, FEATURES);
     rows = p.seqlen_q * (p.nheads_q / p.nheads_kv);
-    k_in_place = a.k.stride_d == 1 && depth == p.head_dim;
-    v_in_place = a.v.stride_d == 1 && depth_v == p.head_dim_v;
+    k_in_place = a.k.stride_d == 1 && depth == p.head_dim && !p.key_mask;
+    v_in_place = a.v.stride_d == 1 && depth_v == p.head_dim_v && !p.key_mask;
     const int64_t heads = p.batch * p.nheads_kv;
     splits = a.num_splits;
     if (splits <= 0) splits = heads >= 4 * p.num_threads || heads % p.num_threads == 0 ? 1 : ceil_div(4 * p.num_threads, heads);
@@ -210,12 +210,12 @@ struct Decode {
     }
   }
 
-  static void copy_rows(T* dst, int64_t ld, const T* src, const Tensor4& layout, int64_t keys, int64_t features) {
-    for (int64_t j = 0; j < keys; j++)
-      for (int64_t d = 0; d < ld; d++) {
-        dst[j * ld + d] = T{};
-        if (d < features) dst[j * ld + d] = src[j * layout.stride_s + d * layout.stride_d];
-      }
+  // Padded to whole vectors of features; hidden rows become zeros, so that NaN in them cannot come back as 0 * NaN.
+  static void copy_rows(T* dst, int64_t ld, const T* src, const Tensor4& layout, int64_t keys, int64_t features, KeyMask mask) {
+    for (int64_t j = 0; j < keys; j++) {
+      const bool seen = mask.sees(j);
+      for (int64_t d = 0; d < ld; d++) dst[j * ld + d] = seen && d < features ? src[j * layout.stride_s + d * layout.stride_d] : T{};
+    }
   }
 
   // Scores of one row to weights; unseen keys and the rest of the last vector get weight 0.
@@ -230,7 +230,7 @@ struct Decode {
     const vf factor = broadcast(scale);
     vf top = broadcast(NEG_INF);
     for (int64_t j = 0; j < keys; j += VW) {
-      // Scores scaled to log2 units; an unseen key stays at -inf whatever the scale's sign.
+      // An unseen key stays at -inf whatever the scale's sign.
       const vf s = load(S + j), scaled = s == broadcast(NEG_INF) ? s : s * factor;
       store(S + j, scaled);
       top = vmax(scaled, top);
@@ -239,11 +239,11 @@ struct Decode {
     const float m_finite = m_new == NEG_INF ? 0.f : m_new;
     vf sum = {};
     for (int64_t j = 0; j < keys; j += VW) {
-      const vf weight = vexp2(load(S + j) - broadcast(m_finite));
+      const vf weight = vexp(load(S + j) - broadcast(m_finite));
       sum += weight;
       store_weight(P + j, weight);
     }
-    *rescale = *m == NEG_INF ? 0.f : exp2f(*m - m_finite);
+    *rescale = *m == NEG_INF ? 0.f : expf(*m - m_finite);
     *l = *l * *rescale + horizontal_sum(sum);
     *m = m_new;
   }
@@ -251,7 +251,7 @@ struct Decode {
   template <int R>
   __attribute__((always_inline)) void attend_rows(Scratch& t, const AttentionProblem& s, int64_t r0, int64_t j0, int64_t keys, const T* k,
                                                   int64_t stride_k, const T* v, int64_t stride_v, KeyMask mask, int64_t part) const {
-    const float scale = (float)(p.softmax_scale * 1.4426950408889634);
+    const float scale = (float)p.softmax_scale;
     score_keys<Features, R>(t.S, k, stride_k, keys, t.q + r0 * depth, depth);
     const int64_t group = p.nheads_q / p.nheads_kv;
     for (int r = 0; r < R; r++) {
@@ -283,21 +283,20 @@ struct Decode {
     pack_queries(t.q, b, h_kv);
     for (int64_t j0 = j_begin; j0 < j_end; j0 += CHUNK) {
       const int64_t keys = min_of(CHUNK, j_end - j0);
+      const KeyMask mask = key_mask_of(p, b).from(j0);
       const T* k = (const T*)a.k.data + b * a.k.stride_b + h_kv * a.k.stride_h + j0 * a.k.stride_s;
       const T* v = (const T*)a.v.data + b * a.v.stride_b + h_kv * a.v.stride_h + j0 * a.v.stride_s;
       int64_t stride_k = a.k.stride_s, stride_v = a.v.stride_s;
       if (!k_in_place) {
-        copy_rows(t.K, depth, k, a.k, keys, p.head_dim);
+        copy_rows(t.K, depth, k, a.k, keys, p.head_dim, mask);
         k = t.K;
         stride_k = depth;
       }
       if (!v_in_place) {
-        copy_rows(t.V, depth_v, v, a.v, keys, p.head_dim_v);
+        copy_rows(t.V, depth_v, v, a.v, keys, p.head_dim_v, mask);
         v = t.V;
         stride_v = depth_v;
       }
-      KeyMask mask = key_mask_of(p, b);
-      if (mask.data) mask.data += j0 * mask.stride;
       int64_t r = 0;
       for (; r + 4 <= rows; r += 4) attend_rows<4>(t, s, r, j0, keys, k, stride_k, v, stride_v, mask, part);
       for (; r + 2 <= rows; r += 2) attend_rows<2>(t, s, r, j0, keys, k, stride_k, v, stride_v, mask, part);
@@ -317,7 +316,7 @@ struct Decode {
     float* sum = part_out + part * depth_v;
     for (int64_t s = 0; s < splits; s++) {
       const float part_max = part_m[part + s * rows];
-      const float weight = part_max == NEG_INF ? 0.f : exp2f(part_max - m);
+      const float weight = part_max == NEG_INF ? 0.f : expf(part_max - m);
       l += weight * part_l[part + s * rows];
       const float* out = part_out + (part + s * rows) * depth_v;
       for (int64_t d = 0; d < depth_v; d += VW)
@@ -326,7 +325,7 @@ struct Decode {
     const float inverse = l == 0.f ? 0.f : 1.f / l;
     T* dst = (T*)a.out.data + b * a.out.stride_b + i * a.out.stride_s + h * a.out.stride_h;
     for (int64_t d = 0; d < p.head_dim_v; d++) from_float(sum[d] * inverse, dst + d);
-    a.lse[(b * p.nheads_q + h) * p.seqlen_q + i] = m * LN2 + logf(l);
+    a.lse[(b * p.nheads_q + h) * p.seqlen_q + i] = m + logf(l);
   }
 };
 

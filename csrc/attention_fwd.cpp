@@ -1,9 +1,7 @@
 // Attention forward (FlashAttention-2, Dao 2023, turned for vector lanes): a block of queries stays, tiles of keys and values stream
 // past, and softmax is computed online: each query keeps a reference score (m) and the sum of exponentials relative to it (l).
-// m follows the largest score so far, but only once that has grown by 2^SLACK: exponentials up to 2^SLACK lose nothing in
-// floating point, and most tiles then leave the output as it is instead of rescaling it by 2^(m_old - m_new).
-//
-// Scores are in units of log2 (softmax_scale * log2(e) folded in), so exponentials are powers of two.
+// m follows the largest score so far, but only once that has grown by SLACK: exponentials up to e^SLACK lose nothing in
+// floating point, and most tiles then leave the output as it is instead of rescaling it by e^(m_old - m_new).
 #include <cmath>
 
 #include "attention_tile.h"
@@ -11,7 +9,7 @@
 
 namespace {
 
-constexpr float SLACK = 8.f;
+constexpr float SLACK = 6.f;
 constexpr int MAX_BLOCKS = 4;  // query blocks that share one packing of a key/value tile
 
 // One thread's scratch.
@@ -54,7 +52,7 @@ ONEPASS_INLINE void store_weights(bf16* P, int64_t j, int n, const vf (&p)[4]) {
 }
 #endif
 
-// Scores to weights: m and l of the block take in this tile, 2^(m_old - m_new) is left in rescale. False if that is 1 for all.
+// Scores to weights: m and l of the block take in this tile, e^(m_old - m_new) is left in rescale. False if that is 1 for all.
 template <class Compute, int N>
 ONEPASS_INLINE bool softmax_tile(Scratch<Compute>& t, float* m, float* l, int64_t rows, float scale) {
   constexpr int LD = N * VW;
@@ -68,7 +66,7 @@ ONEPASS_INLINE bool softmax_tile(Scratch<Compute>& t, float* m, float* l, int64_
     any_rescaled |= any(grown);
     // A query that has seen no key yet has m = -inf; 0 in its place keeps -inf - m from being NaN.
     const vf m_finite = m_new == broadcast(NEG_INF) ? (vf){} : m_new;
-    const vf rescale = grown ? vexp2(m_old - m_finite) : broadcast(1.f);  // exactly 1: vexp2(0) is 1 - 7e-8, which would add up
+    const vf rescale = grown ? vexp(m_old - m_finite) : broadcast(1.f);  // exactly 1: vexp(0) is 1 - 7e-8, which would add up
     vf sum[4] = {};
     const float* s = t.S + n * VW;
     for (int64_t j = 0; j < rows; j += 4) {
@@ -76,7 +74,7 @@ ONEPASS_INLINE bool softmax_tile(Scratch<Compute>& t, float* m, float* l, int64_
 #pragma GCC unroll 4
       for (int x = 0; x < 4; x++) {
         const vf score = load(s + (j + x) * LD);
-        p[x] = vexp2(Compute::STEP == 1 ? score - m_finite : score * factor - m_finite);
+        p[x] = vexp(Compute::STEP == 1 ? score - m_finite : score * factor - m_finite);
         sum[x] += p[x];
       }
       store_weights<N>(t.P, j, n, p);
@@ -130,7 +128,7 @@ ONEPASS_INLINE void begin_block(Scratch<Compute>& t, const AttentionProblem& p, 
   }
 }
 
-// out[i][d] = Ot[d][i] / l[i], lse = m + log2(l) in natural units; a query that saw no key gives 0 and -inf.
+// out[i][d] = Ot[d][i] / l[i], lse = m + log(l); a query that saw no key gives 0 and -inf.
 template <class Compute, int N, class T>
 ONEPASS_INLINE void end_block(Scratch<Compute>& t, const AttentionProblem& p, int64_t block, T* out, int64_t stride_s, float* lse,
                               int64_t queries) {
@@ -139,7 +137,7 @@ ONEPASS_INLINE void end_block(Scratch<Compute>& t, const AttentionProblem& p, in
   float inverse[LD];
   for (int64_t i = 0; i < queries; i++) {
     inverse[i] = l[i] == 0.f ? 0.f : 1.f / l[i];
-    lse[i] = m[i] * LN2 + logf(l[i]);
+    lse[i] = m[i] + logf(l[i]);
   }
   store_transposed<LD>(out, stride_s, Ot, inverse, queries, p.head_dim_v);
 }
@@ -166,8 +164,8 @@ void attend_head(Scratch<Compute>& t, const AttentionFwdArgs& a, int64_t b, int6
   const int64_t keys_end = end_key(p, end - 1);
   for (int64_t j0 = first_key(p, first_query) / BLOCK_K * BLOCK_K; j0 < keys_end; j0 += BLOCK_K) {
     const int64_t keys = min_of(BLOCK_K, keys_end - j0);
-    const auto K = key_tile(Compute{}, t.K, k + j0 * a.k.stride_s, a.k.stride_s, a.k.stride_d, keys, p.head_dim);
-    const auto V = value_tile(Compute{}, t.V, v + j0 * a.v.stride_s, a.v.stride_s, a.v.stride_d, keys, p.head_dim_v);
+    const auto K = key_tile(Compute{}, t.K, k + j0 * a.k.stride_s, a.k.stride_s, a.k.stride_d, keys, p.head_dim, mask.from(j0));
+    const auto V = value_tile(Compute{}, t.V, v + j0 * a.v.stride_s, a.v.stride_s, a.v.stride_d, keys, p.head_dim_v, mask.from(j0));
     for (int64_t i0 = first_query, block = 0; i0 < end; i0 += block_q, block++) {
       const int64_t count = min_of(block_q, end - i0);
       ONEPASS_WITH_VECTORS(count, (attend_tile<Compute, N>(t, p, mask, scale.after, block, i0, count, j0, keys, K, V)));

@@ -22,9 +22,17 @@ struct KeyMask {  // one batch's row of key_mask; data null: every key is seen
   const uint8_t* data;
   int64_t stride;
   bool sees(int64_t j) const { return !data || data[j * stride]; }
+  KeyMask from(int64_t j) const { return {data ? data + j * stride : nullptr, stride}; }
 };
 ONEPASS_INLINE KeyMask key_mask_of(const AttentionProblem& p, int64_t b) {
   return {p.key_mask ? p.key_mask + b * p.key_mask_stride_b : nullptr, p.key_mask_stride_s};
+}
+
+// Whether the mask hides one of the keys.
+ONEPASS_INLINE bool hides(KeyMask mask, int64_t keys) {
+  for (int64_t j = 0; mask.data && j < keys; j++)
+    if (!mask.sees(j)) return true;
+  return false;
 }
 
 enum class Visible { NONE, SOME, ALL };
@@ -87,13 +95,14 @@ ONEPASS_INLINE void pack_transposed(float* dst, const T* src, int64_t stride_s, 
   }
 }
 
-// dst[r][d] = src[r][d], widened to fp32 and padded with zeros to `padded_rows` rows of `ld`.
+// dst[r][d] = src[r][d], widened to fp32 and padded with zeros to `padded_rows` rows of `ld`. Hidden rows become zeros,
+// so that NaN in them cannot come back as 0 * NaN.
 template <class T>
 ONEPASS_INLINE void pack_rows(float* dst, int64_t ld, int64_t padded_rows, const T* src, int64_t stride_s, int64_t stride_d,
-                              int64_t rows, int64_t depth) {
+                              int64_t rows, int64_t depth, KeyMask mask) {
   for (int64_t r = 0; r < padded_rows; r++) {
     int64_t d = 0;
-    if (r < rows) {
+    if (r < rows && mask.sees(r)) {
       if (stride_d == 1)
         for (; d + VW <= depth; d += VW) store(dst + r * ld + d, load(src + r * stride_s + d));
       for (; d < depth; d++) dst[r * ld + d] = to_float(src[r * stride_s + d * stride_d]);
@@ -143,30 +152,33 @@ ONEPASS_INLINE void pack_transposed(bf16* dst, const bf16* src, int64_t stride_s
   }
 }
 
-// dst[r][d] = src[r][d], padded with zeros to `padded_rows` rows of `ld`.
+// The same without widening.
 ONEPASS_INLINE void pack_rows(bf16* dst, int64_t ld, int64_t padded_rows, const bf16* src, int64_t stride_s, int64_t stride_d,
-                              int64_t rows, int64_t depth) {
-  for (int64_t r = 0; r < padded_rows; r++)
-    for (int64_t d = 0; d < ld; d++) dst[r * ld + d] = r < rows && d < depth ? src[r * stride_s + d * stride_d] : bf16{0};
+                              int64_t rows, int64_t depth, KeyMask mask) {
+  for (int64_t r = 0; r < padded_rows; r++) {
+    const bool seen = r < rows && mask.sees(r);
+    for (int64_t d = 0; d < ld; d++) dst[r * ld + d] = seen && d < depth ? src[r * stride_s + d * stride_d] : bf16{0};
+  }
 }
 
-// dst[r / 2][d][r % 2] = src[r][d], padded with zeros to an even number of rows and to depth `ld`.
+// dst[r / 2][d][r % 2] = src[r][d], padded with zeros to an even number of rows and to depth `ld`; hidden rows are zeros.
 ONEPASS_INLINE void pack_row_pairs(bf16* dst, int64_t ld, const bf16* src, int64_t stride_s, int64_t stride_d, int64_t rows,
-                                   int64_t depth) {
+                                   int64_t depth, KeyMask mask) {
+  const __m512i zero = _mm512_setzero_si512();
   for (int64_t r = 0; r < rows; r += 2) {
     const bf16 *a = src + r * stride_s, *b = a + stride_s;
-    const bool pair = r + 1 < rows;
+    const bool first = mask.sees(r), second = r + 1 < rows && mask.sees(r + 1);
     bf16* out = dst + r * ld;
     int64_t d = 0;
     if (stride_d == 1)
       for (; d + 2 * VW <= depth; d += 2 * VW) {
-        const __m512i low = load_words(a + d), high = pair ? load_words(b + d) : _mm512_setzero_si512();
+        const __m512i low = first ? load_words(a + d) : zero, high = second ? load_words(b + d) : zero;
         store_words(out + 2 * d, pair_low(low, high));
         store_words(out + 2 * d + 2 * VW, pair_high(low, high));
       }
     for (; d < ld; d++) {
-      out[2 * d] = d < depth ? a[d * stride_d] : bf16{0};
-      out[2 * d + 1] = d < depth && pair ? b[d * stride_d] : bf16{0};
+      out[2 * d] = first && d < depth ? a[d * stride_d] : bf16{0};
+      out[2 * d + 1] = second && d < depth ? b[d * stride_d] : bf16{0};
     }
   }
 }
@@ -204,30 +216,41 @@ ONEPASS_INLINE bool is_float(const float*) { return true; }
 template <class T>
 ONEPASS_INLINE bool is_float(const T*) { return false; }
 
-// Keys for the product with Q^T: rows of head_dim, a multiple of TILE_M of them.
+// Whether rows of keys can be read where they lie: the products' own dtype, adjacent features, whole groups of TILE_M keys.
 template <class T>
-ONEPASS_INLINE Tile<float> key_tile(Fp32, float* scratch, const T* src, int64_t stride_s, int64_t stride_d, int64_t keys, int64_t depth) {
-  if (is_float(src) && stride_d == 1 && keys % TILE_M == 0) return {(const float*)src, stride_s};
-  pack_rows(scratch, depth, round_up(keys, TILE_M), src, stride_s, stride_d, keys, depth);
-  return {scratch, depth};
+ONEPASS_INLINE bool rows_usable(Fp32, const T* src, int64_t stride_d, int64_t keys, KeyMask mask) {
+  return is_float(src) && stride_d == 1 && keys % TILE_M == 0 && !hides(mask, keys);
 }
-// Values for the product with P^T: rows of head_dim_v, padded to a multiple of TILE_M features.
+#if ONEPASS_BF16_DOT
+ONEPASS_INLINE bool rows_usable(Bf16Pairs, const bf16*, int64_t stride_d, int64_t keys, KeyMask mask) {
+  return stride_d == 1 && keys % TILE_M == 0 && !hides(mask, keys);
+}
+#endif
+
+// Keys for the product with Q^T: rows of head_dim, a multiple of TILE_M of them, features padded to whole steps.
+template <class Compute, class T>
+ONEPASS_INLINE Tile<typename Compute::Elem> key_tile(Compute, typename Compute::Elem* scratch, const T* src, int64_t stride_s,
+                                                     int64_t stride_d, int64_t keys, int64_t depth, KeyMask mask) {
+  if (depth % Compute::STEP == 0 && rows_usable(Compute{}, src, stride_d, keys, mask))
+    return {(const typename Compute::Elem*)src, stride_s};
+  const int64_t ld = round_up(depth, Compute::STEP);
+  pack_rows(scratch, ld, round_up(keys, TILE_M), src, stride_s, stride_d, keys, depth, mask);
+  return {scratch, ld};
+}
+
+// Values for the product with P^T: rows (Fp32) or pairs of rows, padded to a multiple of TILE_M features.
 template <class T>
-ONEPASS_INLINE Tile<float> value_tile(Fp32, float* scratch, const T* src, int64_t stride_s, int64_t stride_d, int64_t keys, int64_t depth) {
-  if (is_float(src) && stride_d == 1 && depth % TILE_M == 0) return {(const float*)src, stride_s};
-  pack_rows(scratch, round_up(depth, TILE_M), keys, src, stride_s, stride_d, keys, depth);
+ONEPASS_INLINE Tile<float> value_tile(Fp32, float* scratch, const T* src, int64_t stride_s, int64_t stride_d, int64_t keys, int64_t depth,
+                                      KeyMask mask) {
+  if (is_float(src) && stride_d == 1 && depth % TILE_M == 0 && !hides(mask, keys)) return {(const float*)src, stride_s};
+  pack_rows(scratch, round_up(depth, TILE_M), keys, src, stride_s, stride_d, keys, depth, mask);
   return {scratch, round_up(depth, TILE_M)};
 }
 #if ONEPASS_BF16_DOT
-ONEPASS_INLINE Tile<bf16> key_tile(Bf16Pairs, bf16* scratch, const bf16* src, int64_t stride_s, int64_t stride_d, int64_t keys, int64_t depth) {
-  if (stride_d == 1 && keys % TILE_M == 0 && depth % 2 == 0) return {src, stride_s};
-  const int64_t ld = round_up(depth, 2);
-  pack_rows(scratch, ld, round_up(keys, TILE_M), src, stride_s, stride_d, keys, depth);
-  return {scratch, ld};
-}
-ONEPASS_INLINE Tile<bf16> value_tile(Bf16Pairs, bf16* scratch, const bf16* src, int64_t stride_s, int64_t stride_d, int64_t keys, int64_t depth) {
+ONEPASS_INLINE Tile<bf16> value_tile(Bf16Pairs, bf16* scratch, const bf16* src, int64_t stride_s, int64_t stride_d, int64_t keys,
+                                     int64_t depth, KeyMask mask) {
   const int64_t ld = round_up(depth, TILE_M);
-  pack_row_pairs(scratch, ld, src, stride_s, stride_d, keys, depth);
+  pack_row_pairs(scratch, ld, src, stride_s, stride_d, keys, depth, mask);
   return {scratch, 2 * ld};
 }
 #endif
@@ -245,15 +268,14 @@ ONEPASS_INLINE void score_tile(float* S, Tile<typename Compute::Elem> K, int64_t
                                                              nullptr, tile_max);
 }
 
-// The scores come out of the product in units of 1 / (softmax_scale * log2 e) or, where Q can carry it, already scaled.
-// sign * magnitude = softmax_scale * log2(e); bf16 products take the sign into Q (exactly) and the magnitude afterwards.
+// softmax_scale goes into Q where that costs no precision to speak of; bf16 takes its sign (exactly), the magnitude comes after.
 struct ScoreScale {
   float into_q, after;
 };
-ONEPASS_INLINE ScoreScale score_scale(Fp32, double softmax_scale) { return {(float)(softmax_scale * 1.4426950408889634), 1.f}; }
+ONEPASS_INLINE ScoreScale score_scale(Fp32, double softmax_scale) { return {(float)softmax_scale, 1.f}; }
 #if ONEPASS_BF16_DOT
 ONEPASS_INLINE ScoreScale score_scale(Bf16Pairs, double softmax_scale) {
-  const float scale = (float)(softmax_scale * 1.4426950408889634);
+  const float scale = (float)softmax_scale;
   if (scale == 0.f) return {0.f, 1.f};
   return scale < 0.f ? ScoreScale{-1.f, -scale} : ScoreScale{1.f, scale};
 }

@@ -31,7 +31,6 @@ struct f16 { uint16_t bits; };
 
 constexpr float NEG_INF = -__builtin_inff();
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr float LN2 = 0.6931471805599453f;
 
 ONEPASS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 ONEPASS_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -219,6 +218,10 @@ ONEPASS_INLINE vf vexp2(vf x) {
   return x < broadcast(-126.f) ? (vf){} : scaled;
 #endif
 }
+
+// e^x for x <= 88. The product by log2(e) is taken last, on differences of scores: taken on the scores themselves its rounding
+// would cost as much as the scores are large.
+ONEPASS_INLINE vf vexp(vf x) { return vexp2(x * broadcast(LOG2E)); }
 
 // ---- transposition of VW x VW lanes in place, by log2(VW) rounds of interleaving
 
