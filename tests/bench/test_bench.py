@@ -156,6 +156,13 @@ def test_a_group_with_settings_runs_in_its_own_process(tmp_path):
     assert cpu_library.isa() == here
 
 
+def test_a_process_that_fails_is_told(tmp_path):
+    forced = dataclasses.replace(registry.find("attention").group("call"), settings={"ONEPASS_CPU_ISA": "avx1024"})
+    with pytest.raises(RuntimeError, match=r"measuring call in its own process failed"):
+        run.run(registry.Benchmark("attention", (forced,)), SETTINGS, tmp_path / "out.json")
+    assert not (tmp_path / "out.json").exists()
+
+
 def test_pictures_come_from_the_json_alone(tmp_path):
     out = tmp_path / "toy.json"
     cases = [toy(flops=1e6, items=2, bars={"ratio": 1.0}), toy(flops=2e6, items=2)]

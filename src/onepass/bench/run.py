@@ -25,6 +25,7 @@ from onepass.testing.memory import peak_bytes
 
 PEER_ERROR_LIMIT = 100.0  # budgets; a peer further from fp64 than this does not compute the same thing
 PEAK_SECONDS = 0.02
+WRONG_NUMBERS = 3  # exit status of a child process whose numbers failed the check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,16 +167,34 @@ def _geometric_mean(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return math.exp(statistics.fmean(map(math.log, ratios))) if ratios else None
 
 
-def _run_in_child(benchmark: str, group: registry.Group, settings: Settings) -> dict[str, Any]:
-    """Measure one group in a process with its own environment variables; its messages go to our stderr."""
+def _run_in_child(
+    benchmark: str, group: registry.Group, settings: Settings, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure one group in a process with its own environment variables."""
+    variables = [f"{name}={value}" for name, value in group.settings.items()]
+    options = json.dumps(dataclasses.asdict(settings))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "group.json"
-        variables = [f"{name}={value}" for name, value in group.settings.items()]
-        options = json.dumps(dataclasses.asdict(settings))
-        subprocess.run(
-            ["env", *variables, sys.executable, "-m", "onepass.bench.run", benchmark, group.name, options, str(out)],
-            check=True,
-        )
+        command = [
+            "env",
+            *variables,
+            sys.executable,
+            "-m",
+            "onepass.bench.run",
+            benchmark,
+            group.name,
+            options,
+            str(out),
+        ]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            line = ""
+            for line in child.stdout:
+                progress(line.rstrip("\n"))
+        if child.returncode == WRONG_NUMBERS:
+            raise NumericsError(line.rstrip("\n"))
+        if child.returncode != 0:
+            raise RuntimeError(f"measuring {group.name} in its own process failed with exit status {child.returncode}")
         found: dict[str, Any] = json.loads(out.read_text())
     return found
 
@@ -207,7 +226,7 @@ def run(
             progress(
                 f"{group.name}: in its own process with {', '.join(f'{k}={v}' for k, v in group.settings.items())}"
             )
-            result["groups"][group.name] = _run_in_child(benchmark.name, group, settings)
+            result["groups"][group.name] = _run_in_child(benchmark.name, group, settings, progress)
         else:
             with threads(settings.num_threads):
                 result["groups"][group.name] = run_group(group, settings, progress)
@@ -250,12 +269,18 @@ class threads:
         torch.set_num_threads(self.before)
 
 
-def _child_main(benchmark: str, group: str, options: str, out: str) -> None:
+def _child_main(benchmark: str, group: str, options: str, out: str) -> int:
+    """One group in this process; progress, and in the end what is wrong with the numbers, on stdout."""
     settings = Settings(**json.loads(options))
-    with threads(settings.num_threads):
-        found = run_group(registry.find(benchmark).group(group), settings, lambda text: print(text, file=sys.stderr))
+    try:
+        with threads(settings.num_threads):
+            found = run_group(registry.find(benchmark).group(group), settings, lambda text: print(text, flush=True))
+    except NumericsError as error:
+        print(error)
+        return WRONG_NUMBERS
     Path(out).write_text(json.dumps(found))
+    return 0
 
 
 if __name__ == "__main__":
-    _child_main(*sys.argv[1:])
+    sys.exit(_child_main(*sys.argv[1:]))
