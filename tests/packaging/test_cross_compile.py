@@ -2,11 +2,13 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+CMAKE = (sys.executable, "-m", "cmake")  # the one that the environment brings
 COMPILER = "aarch64-linux-gnu-g++"
 
 
@@ -15,11 +17,11 @@ COMPILER = "aarch64-linux-gnu-g++"
 )
 def test_generic_build_compiles_for_aarch64(tmp_path):
     configure = [
-        "cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DCMAKE_BUILD_TYPE=Release",
+        *CMAKE, "-S", str(ROOT), "-B", str(tmp_path), "-DCMAKE_BUILD_TYPE=Release",
         "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
         f"-DCMAKE_CXX_COMPILER={COMPILER}", "-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc",
     ]  # fmt: skip
-    for command in (configure, ["cmake", "--build", str(tmp_path), "-j2"]):
+    for command in (configure, [*CMAKE, "--build", str(tmp_path), "-j2"]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "warning:" not in done.stderr

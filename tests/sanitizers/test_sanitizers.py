@@ -12,6 +12,7 @@ import pytest
 from onepass.core import cpu_library
 
 ROOT = Path(__file__).parents[2]
+CMAKE = (sys.executable, "-m", "cmake")  # the one that the environment brings
 REPORTS = ("AddressSanitizer", "runtime error:")
 
 
@@ -30,8 +31,8 @@ def library(tmp_path_factory):
     """The C++ library built with both sanitizers."""
     runtime("libasan.so")
     folder = tmp_path_factory.mktemp("sanitized")
-    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-DONEPASS_SANITIZE=ON"]
-    for command in (configure, ["cmake", "--build", str(folder), "-j2"]):
+    configure = [*CMAKE, "-S", str(ROOT), "-B", str(folder), "-DONEPASS_SANITIZE=ON"]
+    for command in (configure, [*CMAKE, "--build", str(folder), "-j2"]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder / "libonepass_cpu.so"

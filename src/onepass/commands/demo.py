@@ -89,7 +89,7 @@ def steps_in(seconds: float, config: TrainConfig) -> int:
 def show_training(console: Console, page: Report, out: Path, seconds: float) -> None:
     """Train for about this long; the run's losses and best weights are kept in `out`."""
     steps = steps_in(seconds, TRAINING)
-    config = dataclasses.replace(TRAINING, steps=steps, warmup=min(100, steps // 10), eval_every=max(1, steps // 6))
+    config = dataclasses.replace(TRAINING, steps=steps, warmup=min(100, steps // 10), eval_every=-(-steps // 6))
     with tempfile.TemporaryDirectory() as folder:
         run_folder = Path(folder) / "run"
         result = train(config, run_folder, progress=ConsoleProgress(console))
