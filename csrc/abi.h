@@ -42,7 +42,7 @@ struct AttentionBwdArgs {
 struct AttentionDecodeArgs {
   AttentionProblem problem;  // seqlen_k is the caches' capacity; the shift follows from cache_seqlens
   Tensor4 q, k, v, out;
-  float* lse;
+  float* lse;                    // as in forward, or null
   const int32_t* cache_seqlens;  // (batch,), or null: the caches are full
   int64_t num_splits;            // parts the keys are cut into; 0 = chosen from heads, keys and threads
 };

@@ -334,8 +334,7 @@ int backward(const AttentionBwdArgs& a) {
   const double work = 2.5 * p.batch * p.nheads_q * p.seqlen_q * p.seqlen_k * (p.head_dim + p.head_dim_v);
   const int threads = work < 5e4 ? 1 : (int)min_of(p.num_threads, pieces);
   int status = ONEPASS_OK;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  const auto work_share = [&] {
     Workspace w;
     Scratch<Compute>(w, p, min_of(plan.range_keys, round_up(p.seqlen_k, BLOCK_K)));
     if (!w.allocate()) {
@@ -356,7 +355,8 @@ int backward(const AttentionBwdArgs& a) {
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < rows; row++) add_dq_parts<T>(a, plan, row);
     }
-  }
+  };
+  in_parallel(threads, work_share);
   return status;
 }
 

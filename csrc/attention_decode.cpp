@@ -151,6 +151,7 @@ struct Decode {
   const AttentionProblem& p;
   int64_t depth, depth_v;   // head_dim and head_dim_v in whole vectors
   int64_t rows;             // queries that share a KV head: seqlen_q * group, the group running fastest
+  int64_t longest;          // keys of the longest sequence
   int64_t splits;
   bool k_in_place, v_in_place;
   // Parts: (batch, nheads_kv, splits, rows), each an output of depth_v, m and l.
@@ -168,10 +169,15 @@ struct Decode {
     rows = p.seqlen_q * (p.nheads_q / p.nheads_kv);
     k_in_place = a.k.stride_d == 1 && depth == p.head_dim && !p.key_mask;
     v_in_place = a.v.stride_d == 1 && depth_v == p.head_dim_v && !p.key_mask;
+    longest = p.seqlen_k;
+    if (a.cache_seqlens) {
+      longest = 0;
+      for (int64_t b = 0; b < p.batch; b++) longest = max_of(longest, a.cache_seqlens[b]);
+    }
     const int64_t heads = p.batch * p.nheads_kv;
     splits = a.num_splits;
     if (splits <= 0) splits = heads >= 4 * p.num_threads || heads % p.num_threads == 0 ? 1 : ceil_div(4 * p.num_threads, heads);
-    splits = max_of(1, min_of(splits, a.num_splits > 0 ? p.seqlen_k : p.seqlen_k / MIN_SPLIT));
+    splits = max_of(1, min_of(splits, a.num_splits > 0 ? longest : longest / MIN_SPLIT));
   }
 
   int64_t parts() const { return p.batch * p.nheads_kv * splits * rows; }
@@ -325,7 +331,7 @@ struct Decode {
     const float inverse = l == 0.f ? 0.f : 1.f / l;
     T* dst = (T*)a.out.data + b * a.out.stride_b + i * a.out.stride_s + h * a.out.stride_h;
     for (int64_t d = 0; d < p.head_dim_v; d++) from_float(sum[d] * inverse, dst + d);
-    a.lse[(b * p.nheads_q + h) * p.seqlen_q + i] = m + logf(l);
+    if (a.lse) a.lse[(b * p.nheads_q + h) * p.seqlen_q + i] = m + logf(l);
   }
 };
 
@@ -339,11 +345,10 @@ int decode(const AttentionDecodeArgs& a) {
   d.take_parts(parts);
   if (!parts.allocate()) return ONEPASS_OUT_OF_MEMORY;
   d.take_parts(parts);
-  const double work = 1.0 * heads * d.rows * p.seqlen_k * (p.head_dim + p.head_dim_v);
+  const double work = 1.0 * heads * d.rows * d.longest * (p.head_dim + p.head_dim_v);
   const int threads = work < 5e4 ? 1 : (int)min_of(p.num_threads, pieces);
   int status = ONEPASS_OK;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  const auto work_share = [&] {
     Workspace w;
     d.take_scratch(w);
     if (!w.allocate()) {
@@ -361,7 +366,8 @@ int decode(const AttentionDecodeArgs& a) {
       for (int64_t row = 0; row < heads * d.rows; row++)
         d.finish(row / d.rows / p.nheads_kv, row / d.rows % p.nheads_kv, row % d.rows);
     }
-  }
+  };
+  in_parallel(threads, work_share);
   return status;
 }
 

@@ -193,8 +193,7 @@ int forward(const AttentionFwdArgs& a) {
   const double work = 1.0 * heads * p.seqlen_q * p.seqlen_k * (p.head_dim + p.head_dim_v);
   const int threads = work < 5e4 ? 1 : (int)min_of(p.num_threads, pieces);
   int status = ONEPASS_OK;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  const auto work_share = [&] {
     Workspace w;
     Scratch<Compute>(w, p, blocks);
     if (!w.allocate()) {
@@ -209,7 +208,8 @@ int forward(const AttentionFwdArgs& a) {
         attend_head<Compute, T>(t, a, head / p.nheads_q, head % p.nheads_q, i0, min_of(blocks * block_q, p.seqlen_q - i0), block_q);
       }
     }
-  }
+  };
+  in_parallel(threads, work_share);
   return status;
 }
 

@@ -1,9 +1,21 @@
-// Scratch memory of one thread for one call, cut into 64-byte aligned pieces.
+// How a kernel's threads run, and the scratch memory of each.
 #pragma once
 #include <cstdlib>
 
 #include "simd.h"
 
+// Runs `work_share`, which shares its loops with `omp for`, on that many threads. One thread needs no team: small calls save 0.3 us.
+template <class F>
+ONEPASS_INLINE void in_parallel(int threads, const F& work_share) {
+  if (threads == 1) {
+    work_share();
+  } else {
+#pragma omp parallel num_threads(threads)
+    work_share();
+  }
+}
+
+// Scratch memory of one thread for one call, cut into 64-byte aligned pieces.
 // Two passes over the same list of take() calls: the first, without memory, adds up the size; the second hands out pieces.
 class Workspace {
  public:

@@ -168,7 +168,9 @@ def test_raw_operations_check_as_well() -> None:
             tensor(2, 4, 4, 16), None, q, q, q, q, tensor(2, 4, 5), *options[:-1], *needs, ""
         )
     with pytest.raises(ValueError, match="cache_seqlens"):
-        torch.ops.onepass.attention_decode(q, q, q, int32(9, 9), None, None, None, None, None, 1.0, -1, 0, 0.0, 0, "")
+        torch.ops.onepass.attention_decode(
+            q, q, q, int32(9, 9), None, None, None, None, None, 1.0, -1, 0, 0.0, 0, True, ""
+        )
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,9 @@ def test_opcheck_backward(backend: str, grad: bool, generator: torch.Generator) 
 def test_opcheck_decode(backend: str, generator: torch.Generator) -> None:
     q, k, v = qkv(generator, seqlen_q=1)
     lengths = torch.tensor([9, 4], dtype=torch.int32)
-    args = (q, k, v, lengths, None, None, None, None, None, 0.25, -1, 0, 0.0, 0, backend)
-    torch.library.opcheck(_OPS.attention_decode.default, args)
+    for need_lse in (True, False):
+        args = (q, k, v, lengths, None, None, None, None, None, 0.25, -1, 0, 0.0, 0, need_lse, backend)
+        torch.library.opcheck(_OPS.attention_decode.default, args)
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import onepass
+from onepass.models.kv_cache import KVCache
 
 __all__ = ["ATTENTION_NAMES", "LAB_STEPS", "AttentionChoice"]
 
@@ -55,11 +56,13 @@ class AttentionChoice(NamedTuple):
             return self._lab_step(q, k, v, dropout_p)
         return onepass.attention(q, k, v, causal=True, dropout_p=dropout_p, backend=self._backend)
 
-    def cached(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention of a step's queries (batch, count, heads, head_dim) over all keys so far, their own included."""
+    def cached(self, q: Tensor, cache: KVCache, layer: int) -> Tensor:
+        """Attention of a step's queries (batch, count, heads, head_dim) over all that the layer holds, theirs included."""
         if q.shape[1] == 1 and self.name in _OF_ONEPASS:
-            return onepass.attention_decode(q, keys, values, backend=self._backend)
-        return self.full(q, keys, values)
+            return onepass.attention_decode(
+                q, cache.keys[layer], cache.values[layer], cache_seqlens=cache.cache_seqlens, backend=self._backend
+            )
+        return self.full(q, *cache.held(layer))
 
     def check_training(self, sample: Tensor, dropout_p: float) -> None:
         """Tries one forward and backward of this attention, so that a run that cannot work ends before it begins.

@@ -166,7 +166,8 @@ class GPT(nn.Module):
         if cache is None:
             out = self.choice.full(q, k, v, dropout_p)
         else:
-            out = self.choice.cached(q, *cache.append(index, k, v))
+            cache.append(index, k, v)
+            out = self.choice.cached(q, cache, index)
         x = x + _dropped(block.proj(out.reshape(b, n, c)), dropout_p)
         return x + _dropped(block.down(gelu(block.up(block.norm2(x)))), dropout_p)
 

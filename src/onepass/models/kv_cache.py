@@ -15,7 +15,7 @@ class KVCache:
     :func:`onepass.attention_decode` takes. In memory each head's tokens lie one after the other.
 
     A model calls :meth:`advance` once for the tokens of a step, then :meth:`append` in every layer. ``length`` counts
-    the tokens held, those of the step included.
+    the tokens held, those of the step included; ``cache_seqlens`` says the same for each sequence, int32 (batch,).
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class KVCache:
         shape = (batch, heads, capacity, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(layers)]
+        self.cache_seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.capacity = capacity
         self.length = 0
 
@@ -44,19 +45,21 @@ class KVCache:
                 "call reset() and start from the last tokens of the text"
             )
         self.length = start + count
+        self.cache_seqlens.fill_(self.length)
         return start
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores a step's keys and values (batch, count, heads, head_dim) of one layer; ``advance`` came before.
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Stores a step's keys and values (batch, count, heads, head_dim) of one layer; ``advance`` came before."""
+        count = k.shape[1]
+        start = self.length - count
+        self.keys[layer].narrow(1, start, count).copy_(k)
+        self.values[layer].narrow(1, start, count).copy_(v)
 
-        Returns views of all that the layer holds now: (batch, length, heads, head_dim) each.
-        """
-        keys, values, end = self.keys[layer], self.values[layer], self.length
-        start = end - k.shape[1]
-        keys[:, start:end] = k
-        values[:, start:end] = v
-        return keys[:, :end], values[:, :end]
+    def held(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Views of all that a layer holds: keys and values, (batch, length, heads, head_dim) each."""
+        return self.keys[layer].narrow(1, 0, self.length), self.values[layer].narrow(1, 0, self.length)
 
     def reset(self) -> None:
         """Forgets everything; the memory is kept."""
         self.length = 0
+        self.cache_seqlens.zero_()

@@ -236,6 +236,7 @@ def attention_decode(
         k_descale,
         v_descale,
         num_splits,
+        return_lse,
         backend,
     )
     out, lse = registration.attention_decode(call)
@@ -257,6 +258,7 @@ def _canonical_decode(
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
     num_splits: int | None = None,
+    return_lse: bool = False,
     backend: str | None = None,
 ) -> tuple[Any, ...]:
     """The arguments of the operation attention_decode."""
@@ -268,7 +270,10 @@ def _canonical_decode(
     softmax_scale = _default_scale(q) if softmax_scale is None else checks.finite_float("softmax_scale", softmax_scale)
     if softcap != 0.0:
         softcap = _softcap(softcap)
-    _require_tensors(cache_seqlens=cache_seqlens, page_table=page_table, k_descale=k_descale, v_descale=v_descale)
+    if cache_seqlens is not None:
+        checks.require_tensor("cache_seqlens", cache_seqlens)
+    if page_table is not None or k_descale is not None or v_descale is not None:
+        _require_tensors(page_table=page_table, k_descale=k_descale, v_descale=v_descale)
     if alibi_slopes is not None or attn_sink is not None:
         _require_tensors(alibi_slopes=alibi_slopes, attn_sink=attn_sink)
         _require_no_alibi_gradient(alibi_slopes)
@@ -294,6 +299,7 @@ def _canonical_decode(
         window_right,
         float(softcap),
         num_splits or 0,
+        bool(return_lse),
         backend_in_use() if backend is None else backend,
     )
 
@@ -432,7 +438,7 @@ def _explain_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: Any)
     if unknown := options.keys() - checks.options_of(attention_decode):
         raise checks.unknown_argument(attention_decode, min(unknown), _HINTS)
     call = _canonical_decode(q, k_cache, v_cache, **options)
-    arguments = call[:9] + call[10:-2]  # all but softmax_scale, num_splits and backend
+    arguments = call[:9] + call[10:-3]  # all but softmax_scale, num_splits, need_lse and backend
     return [choose(kernels.DECODE, spec.decode_facts(*arguments), call[-1])]
 
 

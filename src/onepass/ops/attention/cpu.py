@@ -25,6 +25,18 @@ _MERGE = struct.Struct("=11q")
 _MERGE_BWD = struct.Struct("=15q")
 
 
+_CPU = torch.device("cpu")
+
+
+def _outputs(q: Tensor, v: Tensor, need_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Memory for out and lse. (Sizes spelled out and a device at hand make torch.empty a third cheaper than new_empty.)"""
+    batch, seqlen_q, nheads_q, _ = q.shape
+    out = torch.empty(batch, seqlen_q, nheads_q, v.shape[3], dtype=q.dtype, device=_CPU)
+    if not need_lse:
+        return out, None
+    return out, torch.empty(batch, nheads_q, seqlen_q, dtype=torch.float32, device=_CPU)
+
+
 def _window(size: int) -> int:
     return min(size, _FAR) if size >= 0 else _UNLIMITED
 
@@ -51,14 +63,14 @@ def forward(
     key_mask: Tensor | None, rng_state: Tensor | None, softmax_scale: float, window_left: int, window_right: int,
     bottom_right: bool, softcap: float, dropout_p: float, deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch, seqlen_q, nheads_q, _ = q.shape
-    out = q.new_empty((batch, seqlen_q, nheads_q, v.shape[3]))
-    lse = q.new_empty((batch, nheads_q, seqlen_q), dtype=torch.float32)
+    out, lse = _outputs(q, v)
+    assert lse is not None
     arguments = (
         *_problem(q, k, v, key_mask, softmax_scale, window_left, window_right, bottom_right),
-        *_tensor(q), *_tensor(k), *_tensor(v), *_tensor(out), lse.data_ptr(),
+        q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(), out.data_ptr(), *out.stride(),
+        lse.data_ptr(),
     )  # fmt: skip
-    if seqlen_q * (nheads_q // k.shape[2]) <= _FEW_QUERIES:
+    if q.shape[1] <= _FEW_QUERIES and q.shape[1] * (q.shape[2] // k.shape[2]) <= _FEW_QUERIES:
         cpu_library.kernel("attention_decode")(_DECODE.pack(*arguments, 0, 0))
     else:
         cpu_library.kernel("attention_fwd")(_FWD.pack(*arguments))
@@ -95,16 +107,16 @@ def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor | None, page_table: Tensor | None,
     alibi_slopes: Tensor | None, attn_sink: Tensor | None, k_descale: Tensor | None, v_descale: Tensor | None,
     softmax_scale: float, window_left: int, window_right: int, softcap: float, num_splits: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch, seqlen_q, nheads_q, _ = q.shape
-    out = q.new_empty((batch, seqlen_q, nheads_q, v_cache.shape[3]))
-    lse = q.new_empty((batch, nheads_q, seqlen_q), dtype=torch.float32)
-    if cache_seqlens is not None:
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    out, lse = _outputs(q, v_cache, need_lse)
+    if cache_seqlens is not None and not cache_seqlens.is_contiguous():
         cache_seqlens = cache_seqlens.contiguous()
     cpu_library.kernel("attention_decode")(
         _DECODE.pack(
             *_problem(q, k_cache, v_cache, None, softmax_scale, window_left, window_right, True),
-            *_tensor(q), *_tensor(k_cache), *_tensor(v_cache), *_tensor(out), lse.data_ptr(),
+            q.data_ptr(), *q.stride(), k_cache.data_ptr(), *k_cache.stride(), v_cache.data_ptr(), *v_cache.stride(),
+            out.data_ptr(), *out.stride(), 0 if lse is None else lse.data_ptr(),
             0 if cache_seqlens is None else cache_seqlens.data_ptr(), num_splits,
         )
     )  # fmt: skip

@@ -143,8 +143,9 @@ def decode(
     window_right: int,
     softcap: float,
     num_splits: int,
-) -> tuple[Tensor, Tensor]:
-    """out (batch, seqlen_q, nheads_q, head_dim_v) and lse (batch, nheads_q, seqlen_q)."""
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """out (batch, seqlen_q, nheads_q, head_dim_v) and, if needed, lse (batch, nheads_q, seqlen_q)."""
     k, v = k_cache, v_cache
     if page_table is not None and cache_seqlens is not None:
         k, v = _gather_pages(k_cache, page_table, cache_seqlens), _gather_pages(v_cache, page_table, cache_seqlens)
@@ -158,7 +159,7 @@ def decode(
     scores = _scores(q, k, None, alibi_slopes, stored, softmax_scale, window_left, window_right, shift, softcap).values
     lse = _log_sum_exp(scores, attn_sink)
     out = _round(_probabilities(scores, lse), q.dtype) @ _per_query_head(v, q.shape[2])
-    return out.transpose(1, 2).to(q.dtype).contiguous(), lse.to(lse_dtype(q.dtype))
+    return out.transpose(1, 2).to(q.dtype).contiguous(), lse.to(lse_dtype(q.dtype)) if need_lse else None
 
 
 def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ _LIBRARY.define(
 _LIBRARY.define(
     "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens, Tensor? page_table, "
     "Tensor? alibi_slopes, Tensor? attn_sink, Tensor? k_descale, Tensor? v_descale, float softmax_scale, "
-    "SymInt window_left, SymInt window_right, float softcap, SymInt num_splits, str backend) "
+    "SymInt window_left, SymInt window_right, float softcap, SymInt num_splits, bool need_lse, str backend) "
     "-> (Tensor out, Tensor lse)"
 )
 _LIBRARY.define("merge_attention(Tensor outs, Tensor lses, str backend) -> (Tensor out, Tensor lse)")
@@ -126,8 +126,9 @@ def _decode(
     window_right: int,
     softcap: float,
     num_splits: int,
+    need_lse: bool,
     backend: str,
-) -> Tensors:
+) -> tuple[Tensor, Tensor | None]:
     facts = spec.decode_facts(
         q,
         k_cache,
@@ -144,7 +145,7 @@ def _decode(
     )
     if cache_seqlens is not None:
         spec.check_cache_contents(k_cache, cache_seqlens, page_table)
-    result: Tensors = select(kernels.DECODE, facts, backend)(
+    result: tuple[Tensor, Tensor | None] = select(kernels.DECODE, facts, backend)(
         q,
         k_cache,
         v_cache,
@@ -159,8 +160,15 @@ def _decode(
         window_right,
         softcap,
         num_splits,
+        need_lse,
     )
     return result
+
+
+def _decode_op_body(*args: Any) -> Tensors:
+    """The operation has a fixed number of outputs: an lse that nobody needs is empty."""
+    out, lse = _decode(*args)
+    return out, out.new_empty(0, dtype=spec.lse_dtype(out.dtype)) if lse is None else lse
 
 
 def _merge(outs: Tensor, lses: Tensor, backend: str) -> Tensors:
@@ -213,9 +221,10 @@ def _new_gradient(q: Tensor, of: Tensor | None, needed: bool) -> Tensor:
 
 
 def _decode_fake(*args: Any) -> Tensors:
-    facts = args[:9] + args[10:-2]  # all but softmax_scale, num_splits and backend
+    facts = args[:9] + args[10:-3]  # all but softmax_scale, num_splits, need_lse and backend
     spec.decode_facts(*facts)
-    return _new_outputs(args[0], args[2])
+    out, lse = _new_outputs(args[0], args[2])
+    return out, lse if args[-2] else lse.new_empty(0)
 
 
 def _merge_fake(outs: Tensor, lses: Tensor, backend: str) -> Tensors:
@@ -313,7 +322,7 @@ def _register() -> None:
     for op, body, fake, save, differentiate in (
         (_forward_op, _forward, _forward_fake, _save, _differentiate),
         (_backward_op, _backward, _backward_fake, _save_nothing, once),
-        (_decode_op, _decode, _decode_fake, _save_nothing, never),
+        (_decode_op, _decode_op_body, _decode_fake, _save_nothing, never),
         (_merge_op, _merge, _merge_fake, _save_merge, _differentiate_merge),
         (_merge_backward_op, _merge_backward, _merge_backward_fake, _save_nothing, once_merged),
     ):
@@ -337,7 +346,7 @@ def attention_fwd(call: tuple[Any, ...]) -> Tensors:
     return result
 
 
-def attention_decode(call: tuple[Any, ...]) -> Tensors:
+def attention_decode(call: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     if call[6] is None and torch_compat.below_dispatcher(call[0], call[1], call[2]):
         return _decode(*call)
     result: Tensors = _decode_op(*call)

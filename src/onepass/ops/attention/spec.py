@@ -334,9 +334,11 @@ def decode_sizes(
     else:
         sizes = _special_cache_sizes(tensors, page_table, quantized)
     if cache_seqlens is not None:
-        checks.require_dtype("cache_seqlens", cache_seqlens, (torch.int32,))
-        checks.require_shape("cache_seqlens", cache_seqlens, {"(batch,)": (sizes[0],)})
-        checks.require_device("cache_seqlens", cache_seqlens, q.device)
+        same_device = cache_seqlens.is_cpu and q.is_cpu or cache_seqlens.device == q.device
+        if cache_seqlens.dtype is not torch.int32 or cache_seqlens.shape != (sizes[0],) or not same_device:
+            checks.require_dtype("cache_seqlens", cache_seqlens, (torch.int32,))
+            checks.require_shape("cache_seqlens", cache_seqlens, {"(batch,)": (sizes[0],)})
+            checks.require_device("cache_seqlens", cache_seqlens, q.device)
     elif page_table is not None:
         raise ValueError("cache_seqlens is needed with page_table: int32 (batch,), the keys stored for each sequence")
     return sizes
@@ -376,9 +378,9 @@ def check_cache_contents(k_cache: Tensor, cache_seqlens: Tensor, page_table: Ten
     lengths = cache_seqlens.tolist()
     pages, page_size = k_cache.shape[:2]
     capacity = page_size if page_table is None else page_table.shape[1] * page_size
-    if lengths and not 0 <= min(lengths) <= max(lengths) <= capacity:
-        index = next(index for index, length in enumerate(lengths) if not 0 <= length <= capacity)
-        raise ValueError(f"cache_seqlens[{index}] is {lengths[index]}, but the cache holds 0 to {capacity} keys")
+    for index, length in enumerate(lengths):
+        if not 0 <= length <= capacity:
+            raise ValueError(f"cache_seqlens[{index}] is {length}, but the cache holds 0 to {capacity} keys")
     if page_table is None:
         return
     for index, (length, row) in enumerate(zip(lengths, page_table.tolist(), strict=True)):
