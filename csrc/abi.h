@@ -6,7 +6,8 @@
 enum OnepassDtype : int64_t { ONEPASS_F32 = 0, ONEPASS_BF16 = 1, ONEPASS_F16 = 2 };
 
 // What a kernel returns.
-enum OnepassStatus : int { ONEPASS_OK = 0, ONEPASS_OUT_OF_MEMORY = 1 };
+// BAD_INDEX: an index or a length in a tensor points outside its array; nothing was read there.
+enum OnepassStatus : int { ONEPASS_OK = 0, ONEPASS_OUT_OF_MEMORY = 1, ONEPASS_BAD_INDEX = 2 };
 
 // A (batch, seqlen, nheads, head_dim) tensor of any strides.
 struct Tensor4 {

@@ -82,28 +82,36 @@ ONEPASS_INLINE void score_keys(float* S, const T* k, int64_t stride, int64_t key
 }
 
 // O[r][d] = O[r][d] * rescale[r] + sum over keys of P[r][key] * value[key][d], for N vectors of features and R queries.
+// With few accumulators several keys are summed apart, so that the sums do not wait for each other.
 template <int R, int N, class T>
 ONEPASS_INLINE void add_values(Widened<T>, float* O, int64_t ld, const T* v, int64_t stride, int64_t keys, const float* P,
                                const float* rescale) {
-  vf acc[R][N];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (int n = 0; n < N; n++) acc[r][n] = load(O + r * ld + n * VW) * broadcast(rescale[r]);
-  for (int64_t j = 0; j < keys; j++) {
+  constexpr int APART = R * N <= 4 ? 4 : R * N <= 8 ? 2 : 1;
+  vf acc[APART][R][N] = {};
+  int64_t j = 0;
+  const auto add_key = [&](int64_t key, int x) __attribute__((always_inline)) {
     vf value[N];
-    __builtin_prefetch(v + (j + PREFETCH) * stride);
+    __builtin_prefetch(v + (key + PREFETCH) * stride);
 #pragma GCC unroll 8
-    for (int n = 0; n < N; n++) value[n] = load(v + j * stride + n * VW);
+    for (int n = 0; n < N; n++) value[n] = load(v + key * stride + n * VW);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-      for (int n = 0; n < N; n++) acc[r][n] += broadcast(P[r * CHUNK + j]) * value[n];
-  }
+      for (int n = 0; n < N; n++) acc[x][r][n] += broadcast(P[r * CHUNK + key]) * value[n];
+  };
+  for (; j + APART <= keys; j += APART)
+#pragma GCC unroll 4
+    for (int x = 0; x < APART; x++) add_key(j + x, x);
+  for (; j < keys; j++) add_key(j, 0);
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; n++) store(O + r * ld + n * VW, acc[r][n]);
+    for (int n = 0; n < N; n++) {
+#pragma GCC unroll 4
+      for (int x = 1; x < APART; x++) acc[0][r][n] += acc[x][r][n];
+      float* o = O + r * ld + n * VW;
+      store(o, load(o) * broadcast(rescale[r]) + acc[0][r][n]);
+    }
 }
 #if ONEPASS_BF16_DOT
 template <int R, int N>
@@ -338,6 +346,8 @@ struct Decode {
 template <class Features, class T>
 int decode(const AttentionDecodeArgs& a) {
   const AttentionProblem& p = a.problem;
+  for (int64_t b = 0; a.cache_seqlens && b < p.batch; b++)
+    if (a.cache_seqlens[b] < 0 || a.cache_seqlens[b] > p.seqlen_k) return ONEPASS_BAD_INDEX;
   Decode<Features, T> d(a);
   const int64_t heads = p.batch * p.nheads_kv, pieces = heads * d.splits;
   if (pieces * d.rows == 0) return ONEPASS_OK;

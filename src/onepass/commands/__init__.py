@@ -1,1 +1,1 @@
-"""One module per command of the command line, imported when it is run; each defines a click command called `command`."""
+"""One module per command of the command line, imported when it is run; each has a click command called `command`."""

@@ -1,7 +1,7 @@
 """The C++ library: found, loaded once, bound to an instruction set, called through ctypes.
 
-The library is not linked to an OpenMP runtime. It takes the `libgomp` that PyTorch brought along, so that both run their
-parallel regions on one pool of threads; two pools would compete for the cores.
+The library is not linked to an OpenMP runtime. It takes the `libgomp` that PyTorch brought along, so that both run
+their parallel regions on one pool of threads; two pools would compete for the cores.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from . import env
 
 _LIBRARY_NAME = "libonepass_cpu.so"
-_OUT_OF_MEMORY = 1
+_BAD_INDEX = 2  # csrc/abi.h
 
 
 class CpuLibraryError(RuntimeError):
@@ -41,7 +41,8 @@ def _find_library() -> Path:
 def _load_openmp() -> None:
     """Makes the symbols of PyTorch's own libgomp global; a system's libgomp serves where PyTorch brings none."""
     root = Path(torch.__file__).parent
-    candidates = [*sorted((root / "lib").glob("libgomp*.so*")), *sorted((root.parent / "torch.libs").glob("libgomp*.so*"))]
+    folders = (root / "lib", root.parent / "torch.libs")
+    candidates = [path for folder in folders for path in sorted(folder.glob("libgomp*.so*"))]
     errors = []
     for candidate in [*map(str, candidates), "libgomp.so.1"]:
         try:
@@ -49,7 +50,9 @@ def _load_openmp() -> None:
             return
         except OSError as error:
             errors.append(f"{candidate}: {error}")
-    raise CpuLibraryError("no OpenMP runtime was found (Debian and Ubuntu: apt install libgomp1):\n" + "\n".join(errors))
+    raise CpuLibraryError(
+        "no OpenMP runtime was found (Debian and Ubuntu: apt install libgomp1):\n" + "\n".join(errors)
+    )
 
 
 @functools.cache
@@ -63,7 +66,7 @@ def _library() -> ctypes.CDLL:
     library.onepass_isa.restype = ctypes.c_char_p
     library.onepass_compiled_isa.restype = ctypes.c_char_p
     if not library.onepass_isa():
-        raise CpuLibraryError("this x86-64 processor lacks SSE4.2 (x86-64-v2), the oldest instruction set onepass is built for")
+        raise CpuLibraryError("this x86-64 processor lacks SSE4.2 (x86-64-v2), the least that onepass is built for")
     wanted = env.cpu_isa()
     if wanted is not None and not library.onepass_set_isa(wanted.encode()):
         raise CpuLibraryError(f"ONEPASS_CPU_ISA={wanted!r}: this machine runs {', '.join(_isas(library))}")
@@ -101,13 +104,16 @@ def isas() -> list[str]:
 def kernel(name: str) -> Callable[[bytes], None]:
     """The kernel `name` of csrc/kernels.def, called with its packed argument struct (csrc/abi.h).
 
-    Raises MemoryError when the kernel could not allocate its workspace, and CpuLibraryError when there is no library.
+    Raises MemoryError when the kernel could not allocate its workspace, IndexError when an index in a tensor points
+    outside its array (the caller says which), and CpuLibraryError when there is no library.
     """
     function = getattr(_library(), f"onepass_{name}")
     function.argtypes = (ctypes.c_char_p,)
 
     def call(arguments: bytes) -> None:
-        if function(arguments) == _OUT_OF_MEMORY:
+        if status := function(arguments):
+            if status == _BAD_INDEX:
+                raise IndexError(f"onepass: an index given to the C++ kernel {name} is out of range")
             raise MemoryError(f"onepass: the C++ kernel {name} could not allocate its workspace")
 
     return call

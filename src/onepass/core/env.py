@@ -6,7 +6,7 @@ import os
 
 
 def cpu_isa() -> str | None:
-    """ONEPASS_CPU_ISA: run the C++ kernels of this instruction set (`onepass info` lists them) instead of the best one."""
+    """ONEPASS_CPU_ISA: run the C++ kernels of this instruction set (`onepass info` lists them), not the best one."""
     return os.environ.get("ONEPASS_CPU_ISA") or None
 
 

@@ -57,7 +57,7 @@ class AttentionChoice(NamedTuple):
         return onepass.attention(q, k, v, causal=True, dropout_p=dropout_p, backend=self._backend)
 
     def cached(self, q: Tensor, cache: KVCache, layer: int) -> Tensor:
-        """Attention of a step's queries (batch, count, heads, head_dim) over all that the layer holds, theirs included."""
+        """Attention of a step's queries (batch, count, heads, head_dim) over all that the layer holds, theirs too."""
         if q.shape[1] == 1 and self.name in _OF_ONEPASS:
             return onepass.attention_decode(
                 q, cache.keys[layer], cache.values[layer], cache_seqlens=cache.cache_seqlens, backend=self._backend

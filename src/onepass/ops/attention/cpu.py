@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from onepass.core import cpu_library
+from onepass.ops.attention.spec import Sizes, check_cache_contents
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_UNLIMITED = -1
 _ABSENT = (0, 0, 0, 0, 0)
-_FEW_QUERIES = 8  # up to so many queries a KV head the decode kernel is faster: it fills vectors with features, not queries
+_NO_MASK = (0, 0, 0)
+_FEW_QUERIES = 8  # up to so many a KV head the decode kernel is faster: it fills vectors with features, not queries
 _FAR = 1 << 40  # windows are clamped here, so that index arithmetic cannot overflow
 
 # struct AttentionProblem, then the rest of each argument struct: q = int64_t or pointer, d = double.
@@ -28,30 +29,29 @@ _MERGE_BWD = struct.Struct("=15q")
 _CPU = torch.device("cpu")
 
 
-def _outputs(q: Tensor, v: Tensor, need_lse: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Memory for out and lse. (Sizes spelled out and a device at hand make torch.empty a third cheaper than new_empty.)"""
-    batch, seqlen_q, nheads_q, _ = q.shape
-    out = torch.empty(batch, seqlen_q, nheads_q, v.shape[3], dtype=q.dtype, device=_CPU)
+def _outputs(q: Tensor, sizes: Sizes, need_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Memory for out and lse. (With sizes spelled out and a device at hand torch.empty costs less than new_empty.)"""
+    batch, seqlen_q, _, nheads_q, _, _, head_dim_v = sizes
+    out = torch.empty(batch, seqlen_q, nheads_q, head_dim_v, dtype=q.dtype, device=_CPU)
     if not need_lse:
         return out, None
     return out, torch.empty(batch, nheads_q, seqlen_q, dtype=torch.float32, device=_CPU)
 
 
-def _window(size: int) -> int:
-    return min(size, _FAR) if size >= 0 else _UNLIMITED
+def _sizes(q: Tensor, v: Tensor) -> Sizes:
+    """As spec.qkv_sizes gives them, which has checked them."""
+    batch, seqlen_q, nheads_q, head_dim = q.shape
+    _, seqlen_k, nheads_kv, head_dim_v = v.shape
+    return batch, seqlen_q, seqlen_k, nheads_q, nheads_kv, head_dim, head_dim_v
 
 
 def _problem(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, left: int, right: int, bottom_right: bool
+    dtype: torch.dtype, sizes: Sizes, key_mask: Tensor | None, scale: float, left: int, right: int, bottom_right: bool
 ) -> tuple[int | float, ...]:
-    batch, seqlen_q, nheads_q, head_dim = q.shape
-    _, seqlen_k, nheads_kv, head_dim_v = v.shape
-    mask = (0, 0, 0) if key_mask is None else (key_mask.data_ptr(), *key_mask.stride())
-    return (
-        _DTYPES[q.dtype], torch.get_num_threads(),
-        batch, seqlen_q, seqlen_k, nheads_q, nheads_kv, head_dim, head_dim_v,
-        seqlen_k - seqlen_q if bottom_right else 0, _window(left), _window(right), scale, *mask,
-    )  # fmt: skip
+    """The fields of struct AttentionProblem."""
+    shift = sizes[2] - sizes[1] if bottom_right else 0
+    mask = _NO_MASK if key_mask is None else (key_mask.data_ptr(), *key_mask.stride())
+    return _DTYPES[dtype], torch.get_num_threads(), *sizes, shift, min(left, _FAR), min(right, _FAR), scale, *mask
 
 
 def _tensor(x: Tensor) -> tuple[int, ...]:
@@ -63,14 +63,16 @@ def forward(
     key_mask: Tensor | None, rng_state: Tensor | None, softmax_scale: float, window_left: int, window_right: int,
     bottom_right: bool, softcap: float, dropout_p: float, deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, lse = _outputs(q, v)
+    sizes = _sizes(q, v)
+    out, lse = _outputs(q, sizes)
     assert lse is not None
     arguments = (
-        *_problem(q, k, v, key_mask, softmax_scale, window_left, window_right, bottom_right),
-        q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(), out.data_ptr(), *out.stride(),
-        lse.data_ptr(),
+        *_problem(q.dtype, sizes, key_mask, softmax_scale, window_left, window_right, bottom_right),
+        q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(),
+        out.data_ptr(), *out.stride(), lse.data_ptr(),
     )  # fmt: skip
-    if q.shape[1] <= _FEW_QUERIES and q.shape[1] * (q.shape[2] // k.shape[2]) <= _FEW_QUERIES:
+    _, seqlen_q, _, nheads_q, nheads_kv, _, _ = sizes
+    if seqlen_q * nheads_q <= _FEW_QUERIES * nheads_kv:
         cpu_library.kernel("attention_decode")(_DECODE.pack(*arguments, 0, 0))
     else:
         cpu_library.kernel("attention_fwd")(_FWD.pack(*arguments))
@@ -78,8 +80,8 @@ def forward(
 
 
 def backward(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, attn_bias: Tensor | None,
-    alibi_slopes: Tensor | None, attn_sink: Tensor | None, key_mask: Tensor | None, rng_state: Tensor | None,
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    attn_bias: Tensor | None, alibi_slopes: Tensor | None, attn_sink: Tensor | None, key_mask: Tensor | None, rng_state: Tensor | None,
     softmax_scale: float, window_left: int, window_right: int, bottom_right: bool, softcap: float, dropout_p: float,
     deterministic: bool, need_dq: bool, need_dkv: bool, need_dbias: bool, need_dsink: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -93,7 +95,7 @@ def backward(
         dlse = None if dlse is None else dlse.contiguous()
         cpu_library.kernel("attention_bwd")(
             _BWD.pack(
-                *_problem(q, k, v, key_mask, softmax_scale, window_left, window_right, bottom_right),
+                *_problem(q.dtype, _sizes(q, v), key_mask, softmax_scale, window_left, window_right, bottom_right),
                 *_tensor(q), *_tensor(k), *_tensor(v), *_tensor(out), *_tensor(do),
                 lse.data_ptr(), 0 if dlse is None else dlse.data_ptr(),
                 *(_tensor(dq) if need_dq else _ABSENT), *(_tensor(dk) if need_dkv else _ABSENT),
@@ -109,17 +111,21 @@ def decode(
     softmax_scale: float, window_left: int, window_right: int, softcap: float, num_splits: int,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    out, lse = _outputs(q, v_cache, need_lse)
+    sizes = _sizes(q, v_cache)
+    out, lse = _outputs(q, sizes, need_lse)
     if cache_seqlens is not None and not cache_seqlens.is_contiguous():
         cache_seqlens = cache_seqlens.contiguous()
-    cpu_library.kernel("attention_decode")(
-        _DECODE.pack(
-            *_problem(q, k_cache, v_cache, None, softmax_scale, window_left, window_right, True),
-            q.data_ptr(), *q.stride(), k_cache.data_ptr(), *k_cache.stride(), v_cache.data_ptr(), *v_cache.stride(),
-            out.data_ptr(), *out.stride(), 0 if lse is None else lse.data_ptr(),
-            0 if cache_seqlens is None else cache_seqlens.data_ptr(), num_splits,
-        )
+    arguments = _DECODE.pack(
+        *_problem(q.dtype, sizes, None, softmax_scale, window_left, window_right, True),
+        q.data_ptr(), *q.stride(), k_cache.data_ptr(), *k_cache.stride(), v_cache.data_ptr(), *v_cache.stride(),
+        out.data_ptr(), *out.stride(), 0 if lse is None else lse.data_ptr(),
+        0 if cache_seqlens is None else cache_seqlens.data_ptr(), num_splits,
     )  # fmt: skip
+    try:
+        cpu_library.kernel("attention_decode")(arguments)
+    except IndexError:  # the kernel looks at the lengths anyway; the words are found here
+        check_cache_contents(k_cache, cache_seqlens, page_table)
+        raise
     return out, lse
 
 

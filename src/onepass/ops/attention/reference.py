@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from onepass.core.torch_compat import without_autocast
-from onepass.ops.attention.spec import lse_dtype
+from onepass.ops.attention.spec import check_cache_contents, lse_dtype
 
 _PHILOX_ROUNDS = 10
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -146,6 +146,7 @@ def decode(
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """out (batch, seqlen_q, nheads_q, head_dim_v) and, if needed, lse (batch, nheads_q, seqlen_q)."""
+    check_cache_contents(k_cache, cache_seqlens, page_table)
     k, v = k_cache, v_cache
     if page_table is not None and cache_seqlens is not None:
         k, v = _gather_pages(k_cache, page_table, cache_seqlens), _gather_pages(v_cache, page_table, cache_seqlens)

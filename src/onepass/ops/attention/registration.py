@@ -143,8 +143,6 @@ def _decode(
         window_right,
         softcap,
     )
-    if cache_seqlens is not None:
-        spec.check_cache_contents(k_cache, cache_seqlens, page_table)
     result: tuple[Tensor, Tensor | None] = select(kernels.DECODE, facts, backend)(
         q,
         k_cache,
@@ -349,8 +347,8 @@ def attention_fwd(call: tuple[Any, ...]) -> Tensors:
 def attention_decode(call: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     if call[6] is None and torch_compat.below_dispatcher(call[0], call[1], call[2]):
         return _decode(*call)
-    result: Tensors = _decode_op(*call)
-    return result
+    out, lse = _decode_op(*call)
+    return out, lse
 
 
 def merge_attention(outs: Tensor, lses: Tensor, backend: str) -> Tensors:

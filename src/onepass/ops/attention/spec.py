@@ -334,7 +334,7 @@ def decode_sizes(
     else:
         sizes = _special_cache_sizes(tensors, page_table, quantized)
     if cache_seqlens is not None:
-        same_device = cache_seqlens.is_cpu and q.is_cpu or cache_seqlens.device == q.device
+        same_device = (cache_seqlens.is_cpu and q.is_cpu) or cache_seqlens.device == q.device
         if cache_seqlens.dtype is not torch.int32 or cache_seqlens.shape != (sizes[0],) or not same_device:
             checks.require_dtype("cache_seqlens", cache_seqlens, (torch.int32,))
             checks.require_shape("cache_seqlens", cache_seqlens, {"(batch,)": (sizes[0],)})
@@ -371,9 +371,9 @@ def _special_cache_sizes(tensors: dict[str, Tensor], page_table: Tensor | None, 
     return batch, seqlen_q, capacity, nheads_q, k_cache.shape[2], head_dim, v_cache.shape[3]
 
 
-def check_cache_contents(k_cache: Tensor, cache_seqlens: Tensor, page_table: Tensor | None) -> None:
+def check_cache_contents(k_cache: Tensor, cache_seqlens: Tensor | None, page_table: Tensor | None) -> None:
     """Lengths and pages must lie inside the cache. Reads them where that waits for nothing, on the CPU."""
-    if not cache_seqlens.is_cpu:
+    if cache_seqlens is None or not cache_seqlens.is_cpu:
         return
     lengths = cache_seqlens.tolist()
     pages, page_size = k_cache.shape[:2]
