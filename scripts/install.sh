@@ -41,23 +41,11 @@ make_venv() {
     fi
 }
 
-# True when pip was told where to look (an index, a mirror, a folder of wheels): then its settings alone decide which torch comes.
-pip_has_settings() {
-    "$VENV/bin/python" -m pip config list 2>/dev/null | grep -qE '(index-url|find-links|no-index|constraint)='
-}
-
 install_torch() {
     "$VENV/bin/python" -c "$HAS_TORCH" 2>/dev/null && return
     echo "onepass: installing $TORCH"
-    if pip_has_settings; then
-        # A mirror may hold another version only; every torch >= 2.9 works.
-        "$VENV/bin/python" -m pip install "$TORCH" || "$VENV/bin/python" -m pip install "torch>=2.9"
-    elif [ -e /proc/driver/nvidia/version ] || [ "$(uname -m)" != x86_64 ]; then
-        "$VENV/bin/python" -m pip install "$TORCH"
-    else
-        # Without an NVIDIA driver the CPU build does the same in a tenth of the download; pip prefers it where it finds it.
-        "$VENV/bin/python" -m pip install --extra-index-url https://download.pytorch.org/whl/cpu "$TORCH"
-    fi
+    # A mirror may hold another version only; every torch >= 2.9 works.
+    "$VENV/bin/python" -m pip install "$TORCH" || "$VENV/bin/python" -m pip install "torch>=2.9"
 }
 
 check_machine
