@@ -1,7 +1,8 @@
 // Attention of one to a few queries on a cache of keys and values. Every key and value is read once for all the queries and
-// heads that share it, so the kernel runs at the speed of memory. Keys are cut into splits where heads alone do not
-// keep all cores busy; each split leaves an unnormalised output with its m and l, and the parts are merged at the end
-// (Flash-Decoding, Dao et al. 2023).
+// heads that share it, so the kernel runs at the speed of memory. Keys are cut into splits to keep all cores busy; each
+// split leaves an unnormalised output with its m and l, and the parts are merged at the end (Flash-Decoding, Dao et al. 2023).
+// A thread goes through the keys of a split once, all heads side by side: in a (batch, seqlen, nheads, head_dim) cache they
+// lie in the same pages of memory.
 //
 // Here features lie in the vector lanes: there are too few queries to fill them.
 #include <cmath>
@@ -11,8 +12,8 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 256;      // keys whose scores are held at a time
-constexpr int64_t MIN_SPLIT = 128;  // fewer keys are not worth a split of their own
+constexpr int64_t CHUNK = 128;     // keys whose scores are held at a time
+constexpr int64_t MIN_SPLIT = 64;  // fewer keys are not worth a split of their own
 constexpr int PREFETCH = 8;         // keys ahead
 
 // How features are multiplied: elements of T widened to fp32, or pairs of bf16 as they are.
@@ -160,7 +161,7 @@ struct Decode {
   int64_t depth, depth_v;   // head_dim and head_dim_v in whole vectors
   int64_t rows;             // queries that share a KV head: seqlen_q * group, the group running fastest
   int64_t longest;          // keys of the longest sequence
-  int64_t splits;
+  int64_t splits, groups;   // of the keys, and of the KV heads
   bool k_in_place, v_in_place;
   // Parts: (batch, nheads_kv, splits, rows), each an output of depth_v, m and l.
   float *part_out, *part_m, *part_l;
@@ -182,10 +183,10 @@ struct Decode {
       longest = 0;
       for (int64_t b = 0; b < p.batch; b++) longest = max_of(longest, a.cache_seqlens[b]);
     }
-    const int64_t heads = p.batch * p.nheads_kv;
-    splits = a.num_splits;
-    if (splits <= 0) splits = heads >= 4 * p.num_threads || heads % p.num_threads == 0 ? 1 : ceil_div(4 * p.num_threads, heads);
-    splits = max_of(1, min_of(splits, a.num_splits > 0 ? longest : longest / MIN_SPLIT));
+    splits = a.num_splits > 0 ? min_of(a.num_splits, longest) : min_of(ceil_div(4 * p.num_threads, max_of(1, p.batch)), longest / MIN_SPLIT);
+    splits = max_of(1, splits);
+    // Too few keys for every thread: the heads are shared out as well.
+    groups = max_of(1, min_of(p.nheads_kv, p.num_threads / max_of(1, p.batch * splits)));
   }
 
   int64_t parts() const { return p.batch * p.nheads_kv * splits * rows; }
@@ -197,7 +198,7 @@ struct Decode {
   }
   Scratch take_scratch(Workspace& w) const {
     Scratch t;
-    t.q = w.take<Query>(rows * depth);
+    t.q = w.take<Query>(p.nheads_kv * rows * depth);
     t.P = w.take<Query>(4 * CHUNK);
     t.S = w.take<float>(4 * CHUNK);
     t.rescale = w.take<float>(4);
@@ -263,10 +264,10 @@ struct Decode {
   }
 
   template <int R>
-  __attribute__((always_inline)) void attend_rows(Scratch& t, const AttentionProblem& s, int64_t r0, int64_t j0, int64_t keys, const T* k,
+  __attribute__((always_inline)) void attend_rows(Scratch& t, const AttentionProblem& s, const Query* q, int64_t r0, int64_t j0, int64_t keys, const T* k,
                                                   int64_t stride_k, const T* v, int64_t stride_v, KeyMask mask, int64_t part) const {
     const float scale = (float)p.softmax_scale;
-    score_keys<Features, R>(t.S, k, stride_k, keys, t.q + r0 * depth, depth);
+    score_keys<Features, R>(t.S, k, stride_k, keys, q + r0 * depth, depth);
     const int64_t group = p.nheads_q / p.nheads_kv;
     for (int r = 0; r < R; r++) {
       const int64_t i = (r0 + r) / group;
@@ -281,41 +282,49 @@ struct Decode {
       for (; d < depth_v; d += VW) add_values<R, 1>(Features{}, O + d, depth_v, v + d, stride_v, keys, t.P, t.rescale);
   }
 
-  // One split of one KV head.
-  void run(Scratch& t, int64_t b, int64_t h_kv, int64_t split) const {
-    const AttentionProblem s = sequence(b);
-    const int64_t part = ((b * p.nheads_kv + h_kv) * splits + split) * rows;
-    for (int64_t r = 0; r < rows; r++) {
-      part_m[part + r] = NEG_INF;
-      part_l[part + r] = 0.f;
+  // The keys j0 to j0 + keys of one KV head.
+  void attend_chunk(Scratch& t, const AttentionProblem& s, int64_t b, int64_t h_kv, int64_t part, int64_t j0, int64_t keys) const {
+    const KeyMask mask = key_mask_of(p, b).from(j0);
+    const T* k = (const T*)a.k.data + b * a.k.stride_b + h_kv * a.k.stride_h + j0 * a.k.stride_s;
+    const T* v = (const T*)a.v.data + b * a.v.stride_b + h_kv * a.v.stride_h + j0 * a.v.stride_s;
+    int64_t stride_k = a.k.stride_s, stride_v = a.v.stride_s;
+    if (!k_in_place) {
+      copy_rows(t.K, depth, k, a.k, keys, p.head_dim, mask);
+      k = t.K;
+      stride_k = depth;
     }
-    memset(part_out + part * depth_v, 0, sizeof(float) * (size_t)(rows * depth_v));
+    if (!v_in_place) {
+      copy_rows(t.V, depth_v, v, a.v, keys, p.head_dim_v, mask);
+      v = t.V;
+      stride_v = depth_v;
+    }
+    const Query* q = t.q + h_kv * rows * depth;
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) attend_rows<4>(t, s, q, r, j0, keys, k, stride_k, v, stride_v, mask, part);
+    for (; r + 2 <= rows; r += 2) attend_rows<2>(t, s, q, r, j0, keys, k, stride_k, v, stride_v, mask, part);
+    for (; r < rows; r++) attend_rows<1>(t, s, q, r, j0, keys, k, stride_k, v, stride_v, mask, part);
+  }
+
+  // One split of the keys, for one group of the KV heads.
+  void run(Scratch& t, int64_t b, int64_t group, int64_t split) const {
+    const AttentionProblem s = sequence(b);
+    const int64_t h_begin = group * p.nheads_kv / groups, h_end = (group + 1) * p.nheads_kv / groups;
+    const auto part_of = [&](int64_t h_kv) { return ((b * p.nheads_kv + h_kv) * splits + split) * rows; };
+    for (int64_t h_kv = h_begin; h_kv < h_end; h_kv++) {
+      const int64_t part = part_of(h_kv);
+      for (int64_t r = 0; r < rows; r++) {
+        part_m[part + r] = NEG_INF;
+        part_l[part + r] = 0.f;
+      }
+      memset(part_out + part * depth_v, 0, sizeof(float) * (size_t)(rows * depth_v));
+    }
     const int64_t begin = first_key(s, 0), end = end_key(s, p.seqlen_q - 1);
     const int64_t split_keys = max_of(1, round_up(ceil_div(max_of(0, end - begin), splits), VW));
     const int64_t j_begin = begin + split * split_keys, j_end = min_of(end, j_begin + split_keys);
     if (j_begin >= j_end) return;
-    pack_queries(t.q, b, h_kv);
-    for (int64_t j0 = j_begin; j0 < j_end; j0 += CHUNK) {
-      const int64_t keys = min_of(CHUNK, j_end - j0);
-      const KeyMask mask = key_mask_of(p, b).from(j0);
-      const T* k = (const T*)a.k.data + b * a.k.stride_b + h_kv * a.k.stride_h + j0 * a.k.stride_s;
-      const T* v = (const T*)a.v.data + b * a.v.stride_b + h_kv * a.v.stride_h + j0 * a.v.stride_s;
-      int64_t stride_k = a.k.stride_s, stride_v = a.v.stride_s;
-      if (!k_in_place) {
-        copy_rows(t.K, depth, k, a.k, keys, p.head_dim, mask);
-        k = t.K;
-        stride_k = depth;
-      }
-      if (!v_in_place) {
-        copy_rows(t.V, depth_v, v, a.v, keys, p.head_dim_v, mask);
-        v = t.V;
-        stride_v = depth_v;
-      }
-      int64_t r = 0;
-      for (; r + 4 <= rows; r += 4) attend_rows<4>(t, s, r, j0, keys, k, stride_k, v, stride_v, mask, part);
-      for (; r + 2 <= rows; r += 2) attend_rows<2>(t, s, r, j0, keys, k, stride_k, v, stride_v, mask, part);
-      for (; r < rows; r++) attend_rows<1>(t, s, r, j0, keys, k, stride_k, v, stride_v, mask, part);
-    }
+    for (int64_t h_kv = h_begin; h_kv < h_end; h_kv++) pack_queries(t.q + h_kv * rows * depth, b, h_kv);
+    for (int64_t j0 = j_begin; j0 < j_end; j0 += CHUNK)
+      for (int64_t h_kv = h_begin; h_kv < h_end; h_kv++) attend_chunk(t, s, b, h_kv, part_of(h_kv), j0, min_of(CHUNK, j_end - j0));
   }
 
   // Merges the splits of one row and normalises it.
@@ -349,8 +358,8 @@ int decode(const AttentionDecodeArgs& a) {
   for (int64_t b = 0; a.cache_seqlens && b < p.batch; b++)
     if (a.cache_seqlens[b] < 0 || a.cache_seqlens[b] > p.seqlen_k) return ONEPASS_BAD_INDEX;
   Decode<Features, T> d(a);
-  const int64_t heads = p.batch * p.nheads_kv, pieces = heads * d.splits;
-  if (pieces * d.rows == 0) return ONEPASS_OK;
+  const int64_t heads = p.batch * p.nheads_kv, pieces = p.batch * d.groups * d.splits;
+  if (heads * d.rows == 0) return ONEPASS_OK;
   Workspace parts;
   d.take_parts(parts);
   if (!parts.allocate()) return ONEPASS_OUT_OF_MEMORY;
@@ -368,7 +377,7 @@ int decode(const AttentionDecodeArgs& a) {
       auto t = d.take_scratch(w);
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t piece = 0; piece < pieces; piece++)
-        d.run(t, piece / d.splits / p.nheads_kv, piece / d.splits % p.nheads_kv, piece % d.splits);
+        d.run(t, piece / d.splits / d.groups, piece / d.splits % d.groups, piece % d.splits);
     }
 #pragma omp barrier
     if (status == ONEPASS_OK) {
