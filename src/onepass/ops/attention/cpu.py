@@ -82,7 +82,8 @@ def backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     attn_bias: Tensor | None, alibi_slopes: Tensor | None, attn_sink: Tensor | None, key_mask: Tensor | None,
     rng_state: Tensor | None, softmax_scale: float, window_left: int, window_right: int, bottom_right: bool,
-    softcap: float, dropout_p: float, deterministic: bool, need_dq: bool, need_dkv: bool, need_dbias: bool, need_dsink: bool,
+    softcap: float, dropout_p: float, deterministic: bool, need_dq: bool, need_dkv: bool,
+    need_dbias: bool, need_dsink: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     # torch.empty, not empty_like: gradients are contiguous whatever the inputs' strides.
     make = torch.empty if q.numel() and k.numel() else torch.zeros  # without queries or keys nothing is computed
