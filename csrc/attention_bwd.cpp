@@ -12,6 +12,8 @@
 
 namespace {
 
+constexpr int64_t MAX_RANGES = 8;
+
 struct Plan {
   int64_t ranges;      // key ranges a head
   int64_t range_keys;  // keys in each, a multiple of BLOCK_K
@@ -154,8 +156,9 @@ ONEPASS_INLINE void store_tile_rows(bf16* P, bf16* dS, bf16* dS_pairs, int64_t j
 }
 #endif
 
-// Scores and dP to P and dS.
-template <class Compute, int N>
+// Scores and dP to P and dS. MASKED: unseen scores (-inf) give 0 whatever lse, dP and delta are: a NaN stays with the keys
+// that its query sees.
+template <class Compute, int N, bool MASKED>
 ONEPASS_INLINE void gradient_tile(Scratch<Compute>& t, int64_t rows, float scale) {
   constexpr int LD = N * VW;
   const vf factor = broadcast(scale);
@@ -170,6 +173,10 @@ ONEPASS_INLINE void gradient_tile(Scratch<Compute>& t, int64_t rows, float scale
         const vf score = load(t.S + (j + x) * LD + n * VW);
         p[x] = vexp(Compute::STEP == 1 ? score - lse : score * factor - lse);
         ds[x] = p[x] * (load(t.dP + (j + x) * LD + n * VW) - delta);
+        if (MASKED) {
+          p[x] = score == broadcast(NEG_INF) ? (vf){} : p[x];
+          ds[x] = score == broadcast(NEG_INF) ? (vf){} : ds[x];
+        }
       }
       store_tile_rows<N>(t.P_rows, t.dS_rows, t.dS, j, n, p, ds);
     }
@@ -246,8 +253,12 @@ struct Range {  // one piece of work
       if (seen == Visible::NONE) continue;
       score_tile<Compute, N>(t.S, {K.data + r * K.stride, K.stride}, count, p.head_dim, t.Qt, t.tile_max);
       score_tile<Compute, N>(t.dP, {V.data + r * V.stride, V.stride}, count, p.head_dim_v, t.dOt, t.tile_max);
-      if (seen == Visible::SOME) mask_tile<N>(t.S, p, mask, i0, j0, count);
-      gradient_tile<Compute, N>(t, rows, scale.after);
+      if (seen == Visible::SOME) {
+        mask_tile<N>(t.S, p, mask, i0, j0, count);
+        gradient_tile<Compute, N, true>(t, rows, scale.after);
+      } else {
+        gradient_tile<Compute, N, false>(t, rows, scale.after);
+      }
       if (a.dq.data)
         for (int64_t d = 0; d < p.head_dim; d += TILE_M)
           multiply_tile<Compute, TILE_M, N, Into::ADD>(ceil_div(count, STEP), K_pairs.data + r / STEP * K_pairs.stride + d * STEP, STEP,
@@ -311,10 +322,12 @@ void add_dq_parts(const AttentionBwdArgs& a, const Plan& plan, int64_t row) {
   }
 }
 
-// Heads alone fill the cores when there are plenty of them or they divide evenly; else four pieces of work a thread.
+// Heads alone fill the cores when there are plenty of them or they divide evenly; else up to four pieces of work a thread.
+// A range leaves a dQ of its own, so their number is a matter of memory: past MAX_RANGES it follows the threads alone.
 Plan make_plan(const AttentionProblem& p) {
   const int64_t heads = p.batch * p.nheads_kv, tiles = ceil_div(p.seqlen_k, BLOCK_K);
-  int64_t ranges = heads >= 4 * p.num_threads || heads % p.num_threads == 0 ? 1 : ceil_div(4 * p.num_threads, heads);
+  const bool even = heads >= 4 * p.num_threads || heads % p.num_threads == 0;
+  int64_t ranges = even ? 1 : max_of(min_of(MAX_RANGES, ceil_div(4 * p.num_threads, heads)), ceil_div(p.num_threads, heads));
   const int64_t range_keys = BLOCK_K * ceil_div(tiles, min_of(ranges, tiles));
   ranges = ceil_div(p.seqlen_k, range_keys);
   return {ranges, range_keys, nullptr};
@@ -340,7 +353,9 @@ int backward(const AttentionBwdArgs& a) {
     if (!w.allocate()) {
 #pragma omp atomic write
       status = ONEPASS_OUT_OF_MEMORY;
-    } else {
+    }
+#pragma omp barrier
+    if (status == ONEPASS_OK) {
       Scratch<Compute> t(w, p, min_of(plan.range_keys, round_up(p.seqlen_k, BLOCK_K)));
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t piece = 0; piece < pieces; piece++) {

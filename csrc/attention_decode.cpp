@@ -332,10 +332,7 @@ struct Decode {
     const int64_t group = p.nheads_q / p.nheads_kv, i = r / group, h = h_kv * group + r % group;
     const int64_t part = (b * p.nheads_kv + h_kv) * splits * rows + r;
     float m = NEG_INF, l = 0.f;
-    for (int64_t s = 0; s < splits; s++) {
-      const float part_max = part_m[part + s * rows];
-      if (!(part_max <= m)) m = part_max;  // a NaN is kept
-    }
+    for (int64_t s = 0; s < splits; s++) m = part_m[part + s * rows] > m ? part_m[part + s * rows] : m;
     float* sum = part_out + part * depth_v;
     for (int64_t s = 0; s < splits; s++) {
       const float part_max = part_m[part + s * rows];
@@ -373,7 +370,9 @@ int decode(const AttentionDecodeArgs& a) {
     if (!w.allocate()) {
 #pragma omp atomic write
       status = ONEPASS_OUT_OF_MEMORY;
-    } else {
+    }
+#pragma omp barrier
+    if (status == ONEPASS_OK) {
       auto t = d.take_scratch(w);
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t piece = 0; piece < pieces; piece++)

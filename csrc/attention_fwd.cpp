@@ -199,7 +199,9 @@ int forward(const AttentionFwdArgs& a) {
     if (!w.allocate()) {
 #pragma omp atomic write
       status = ONEPASS_OUT_OF_MEMORY;
-    } else {
+    }
+#pragma omp barrier
+    if (status == ONEPASS_OK) {
       Scratch<Compute> t(w, p, blocks);
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t piece = 0; piece < pieces; piece++) {

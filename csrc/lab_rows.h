@@ -70,13 +70,13 @@ static void softmax_row(float* scores, int64_t visible, int64_t keys) {
   for (int64_t j = visible; j < padded; j++) scores[j] = NEG_INF;
   vf highest = broadcast(NEG_INF), sum = {};
   for (int64_t j = 0; j < padded; j += VW) highest = vmax(load(scores + j), highest);
-  const float row_max = horizontal_max(highest);
+  const float top = horizontal_max(highest), row_max = top == NEG_INF ? 0.0f : top;  // no -inf - -inf
   for (int64_t j = 0; j < padded; j += VW) {
     const vf p = vexp2((load(scores + j) - row_max) * LOG2E);
     store(scores + j, p);
     sum += p;
   }
-  const float inverse = 1.0f / horizontal_sum(sum);
+  const float total = horizontal_sum(sum), inverse = total == 0.0f ? 0.0f : 1.0f / total;
   for (int64_t j = 0; j < padded; j += VW) store(scores + j, load(scores + j) * inverse);
   for (int64_t j = padded; j < keys; j++) scores[j] = 0.0f;
 }

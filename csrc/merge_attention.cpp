@@ -21,9 +21,10 @@ ONEPASS_INLINE float merged_lse(const MergeArgs& a, int64_t row, int64_t rows) {
   float top = NEG_INF, sum = 0.f;
   for (int64_t n = 0; n < a.parts; n++) {
     const float lse = a.lses[n * rows + row];
-    if (!(lse <= top)) top = lse;  // a NaN is kept
+    if (lse != lse) return lse;
+    if (lse > top) top = lse;
   }
-  if (top == NEG_INF) return NEG_INF;
+  if (top == NEG_INF || top == -NEG_INF) return top;
   for (int64_t n = 0; n < a.parts; n++) sum += expf(a.lses[n * rows + row] - top);
   return top + logf(sum);
 }

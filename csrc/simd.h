@@ -215,7 +215,8 @@ ONEPASS_INLINE vf vexp2(vf x) {
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
   const vf scaled = (vf)((vi)p + ((vi)shifted << 23));
-  return x < broadcast(-126.f) ? (vf){} : scaled;
+  const vf flushed = x < broadcast(-126.f) ? (vf){} : scaled;
+  return x == x ? flushed : x;  // the exponent added to a NaN's bits would make it a number
 #endif
 }
 

@@ -13,7 +13,9 @@ from onepass.ops.attention.spec import Sizes, check_cache_contents
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ABSENT = (0, 0, 0, 0, 0)
 _NO_MASK = (0, 0, 0)
-_FEW_QUERIES = 8  # up to so many a KV head the decode kernel is faster: it fills vectors with features, not queries
+# Up to so many queries a KV head the decode kernel is faster, which fills vectors with features instead of queries; and it
+# shares one head's keys among the threads, so that with fewer KV heads than threads the limit is as many times higher.
+_FEW_QUERIES = 8
 _FAR = 1 << 40  # windows are clamped here, so that index arithmetic cannot overflow
 
 # struct AttentionProblem, then the rest of each argument struct: q = int64_t or pointer, d = double.
@@ -70,8 +72,9 @@ def forward(
         q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(),
         out.data_ptr(), *out.stride(), lse.data_ptr(),
     )  # fmt: skip
-    _, seqlen_q, _, nheads_q, nheads_kv, _, _ = sizes
-    if seqlen_q * nheads_q <= _FEW_QUERIES * nheads_kv:
+    batch, seqlen_q, _, nheads_q, nheads_kv, _, _ = sizes
+    queries = seqlen_q * nheads_q * batch  # beside the same number of KV heads in all the batch
+    if queries <= _FEW_QUERIES * max(nheads_kv * batch, torch.get_num_threads()):
         cpu_library.kernel("attention_decode")(_DECODE.pack(*arguments, 0, 0))
     else:
         cpu_library.kernel("attention_fwd")(_FWD.pack(*arguments))
