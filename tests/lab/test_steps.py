@@ -26,7 +26,7 @@ def definition(q, k, v, causal, softmax_scale):
 
 
 def check(q, k, v, step, causal=False, softmax_scale=None, terms=0.0, **blocks):
-    """Inputs lie between NaN and must survive; every element of the output must be written; `terms` as in numerics."""
+    """Inputs lie between NaN and must survive; every element of the output must be written; `terms`: more of those of numerics."""
     inputs = [numerics.guarded(x) for x in (q, k, v)]
     with numerics.nan_filled_memory():
         out = attention_step(
@@ -35,6 +35,8 @@ def check(q, k, v, step, causal=False, softmax_scale=None, terms=0.0, **blocks):
     assert out.is_contiguous()
     assert all(x.intact() for x in inputs)
     oracle = definition(q.double(), k.double(), v.double(), causal, softmax_scale)
+    summed = definition(q.double(), k.double(), v.double().abs(), causal, softmax_scale)
+    terms += float(summed.max()) if summed.numel() else 0.0
     comparison = numerics.compare("out", out, oracle, definition(q, k, v, causal, softmax_scale), terms)
     numerics.assert_within_budget([comparison], step=step, causal=causal, softmax_scale=softmax_scale, blocks=blocks)
     return out
