@@ -62,6 +62,8 @@ class SampleConfig:
             raise ValueError(f"top_k is {self.top_k}; expected at least 1, or None for all")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p is {self.top_p}; expected 0 < top_p <= 1, or None for all")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; expected a number of 64 bits, -2**63 to 2**63 - 1")
 
 
 def generate(model: CachedModel, prompt: Tensor, config: SampleConfig | None = None) -> Iterator[int]:

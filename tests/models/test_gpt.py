@@ -42,6 +42,27 @@ def test_cache_and_context_say_when_they_are_full():
         model(torch.zeros(1, 5, dtype=torch.int64), cache=cache)
 
 
+def test_a_refused_call_leaves_the_cache_as_it_was():
+    model = GPT(SMALL).eval()
+    cache = model.new_cache(1, capacity=40)
+    tokens = torch.zeros(1, 30, dtype=torch.int64)
+    model(tokens, cache=cache)
+    with pytest.raises(ValueError, match="60 tokens do not fit in the model's context of 32"):
+        model(tokens, cache=cache)
+    with pytest.raises(ValueError, match="tokens have batch size 2, the cache 1"):
+        model(tokens[:, :1].expand(2, 1), cache=cache)
+    with pytest.raises(ValueError, match=r"tokens must be \(batch, tokens\), got \(1,\)"):
+        model(tokens[0, :1], cache=cache)
+    assert cache.length == 30
+    assert cache.cache_seqlens.tolist() == [30]
+
+
+@pytest.mark.parametrize(("sizes", "message"), [((1, 0), "capacity must be at least 1, got 0"), ((0,), "batch .* 0")])
+def test_empty_caches_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        GPT(SMALL).new_cache(*sizes)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -223,8 +223,10 @@ def test_learning_rate():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"steps": 0}, "steps is 0"), ({"lr": 0.0}, "lr is 0.0"), ({"min_lr": 1.0}, "above"), ({"dtype": "fp8"}, "fp8")],
-)
+    [({"steps": 0}, "steps is 0"), ({"lr": 0.0}, "lr is 0.0"), ({"min_lr": 1.0}, "above"), ({"dtype": "fp8"}, "fp8"),
+     ({"weight_decay": float("inf")}, "weight_decay is inf"), ({"grad_clip": float("nan")}, "grad_clip is nan"),
+     ({"lr": float("inf")}, "lr is inf"), ({"seed": 2**63}, "seed is 9223372036854775808; expected a number of 64")],
+)  # fmt: skip
 def test_wrong_settings(change, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**change)
@@ -239,3 +241,98 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoint(tmp_path):
     with pytest.raises(loop.DivergedError, match="the loss of step 7 is nan; the last checkpoint is from before it"):
         train(CONFIG, tmp_path, progress=Diverge())
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 4
+
+
+@pytest.mark.parametrize("eval_every", [1, 4])
+def test_a_rate_far_too_high_keeps_the_last_good_checkpoint(tmp_path, eval_every):
+    config = replace(CONFIG, lr=1e30, warmup=0, eval_every=eval_every)
+    with pytest.raises(loop.DivergedError, match="try a lower --lr"):
+        train(config, tmp_path)
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("what", ["validation loss", "gradient norm", "largest weight of tokens.weight"])
+def test_a_diverged_number_is_never_saved(tmp_path, what):
+    class Diverge(SignalAt):
+        def begin(self, trainer):
+            validate, train_step = trainer.validate, trainer.train_step
+            if what == "validation loss":
+                trainer.validate = lambda stop: float("nan") if trainer.step == 4 else validate(stop)
+
+            def step():
+                rate, loss, norm = train_step()
+                if trainer.step == 4:
+                    os.kill(os.getpid(), signal.SIGTERM) if what != "validation loss" else None
+                    norm = norm * float("inf") if what == "gradient norm" else norm
+                    if what.startswith("largest"):
+                        trainer.model.tokens.weight.data[0, 0] = float("nan")
+                return rate, loss, norm
+
+            trainer.train_step = step
+
+    with pytest.raises(loop.DivergedError, match=f"the {what} of step 4 is (nan|inf)"):
+        train(CONFIG, tmp_path, progress=Diverge(4))
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 0
+
+
+def _without(state, name):
+    del state[name]
+
+
+def _reshaped(state):
+    state["model"]["norm.weight"] = torch.zeros(3)
+
+
+def _other_averages(state):
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: _without(state, "model"), "lacks 'model', which a run needs to go on"),
+        (lambda state: _without(state, "step"), "lacks 'step'"),
+        (lambda state: state.update(step="two"), "has a str as 'step'"),
+        (_reshaped, r"norm.weight of its model has shape \(3,\), expected shape \(16,\)"),
+        (lambda state: state["model"].pop("norm.weight"), r"norm.weight of its model has no tensor"),
+        (_other_averages, r"exp_avg of its optimizer has shape \(3,\), expected shape"),
+        (lambda state: state.update(cpu_random=torch.zeros(3)), "random numbers of something else"),
+        (lambda state: state.update(optimizer={}), "an optimizer or random numbers of something else"),
+    ],
+)
+def test_checkpoints_with_other_contents_are_refused(whole, tmp_path, change, message):
+    state = load_checkpoint(whole / "checkpoint.pt")
+    change(state)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=f"{message}.*start anew in another --out") as raised:
+        train(CONFIG, tmp_path, resume=True)
+    assert str(tmp_path / "checkpoint.pt") in str(raised.value)
+
+
+def test_files_of_another_kind_are_refused(whole, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    for content in (b"", b"some text\n", bytes(range(256)), (whole / "best.safetensors").read_bytes(), b"PK\x03\x04no"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"a file of another kind.*start anew") as raised:
+            train(CONFIG, tmp_path, resume=True)
+        assert "weights_only" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("not json", "line 2 is not JSON"),
+        ('{"step": 1, "loss": NaN}', "line 2 is not JSON .NaN is no JSON number"),
+        ('{"loss": 1.0}', "line 2 is not an object with a whole number 'step'"),
+        ("[1]", "line 2 is not an object"),
+    ],
+)
+def test_bad_metrics_are_named_on_resume(whole, tmp_path, line, message):
+    (tmp_path / "checkpoint.pt").write_bytes((whole / "checkpoint.pt").read_bytes())
+    before = '{"step": 0, "validation_loss": 3.0}\n' + line + "\n"
+    (tmp_path / "metrics.jsonl").write_text(before)
+    with pytest.raises(ValueError, match=f"metrics.jsonl, {message}"):
+        train(CONFIG, tmp_path, resume=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == before

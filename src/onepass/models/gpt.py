@@ -142,12 +142,19 @@ class GPT(nn.Module):
         """Logits (b, n, vocab_size) for ``tokens``, int64 (b, n).
 
         With a ``cache`` the tokens continue what it holds, and it then holds them too. ``last_only`` gives the logits
-        of the last token alone: (b, 1, vocab_size). Raises ``ValueError`` when the context has no room for them.
+        of the last token alone: (b, 1, vocab_size). Raises ``ValueError`` when the context has no room for them or
+        the cache is of another batch size; the cache is then as it was.
         """
-        n = tokens.shape[1]
-        start = 0 if cache is None else cache.advance(n)
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens must be (batch, tokens), got {tuple(tokens.shape)}")
+        batch, n = tokens.shape
+        start = 0 if cache is None else cache.length
         if start + n > self.config.context:
             raise ValueError(f"{start + n} tokens do not fit in the model's context of {self.config.context}")
+        if cache is not None:
+            if cache.batch != batch:
+                raise ValueError(f"tokens have batch size {batch}, the cache {cache.batch}: take a new cache")
+            cache.advance(n)
         dropout_p = self.config.dropout if self.training else 0.0
         token_weight = self.tokens.weight
         x = _dropped(embedding(tokens, token_weight) + self.positions.weight[start : start + n], dropout_p)
@@ -178,13 +185,13 @@ class GPT(nn.Module):
         """An empty cache for this model, ``capacity`` tokens (default: the whole context).
 
         It holds on to the parameters that the model has now, as its keys and values do: take a new cache when you
-        have replaced them.
+        have replaced them. Raises ``ValueError`` when batch or capacity is below 1.
         """
         weight = self.tokens.weight
         return GPTCache(
             self._layers(),
             batch=batch,
-            capacity=capacity or self.config.context,
+            capacity=self.config.context if capacity is None else capacity,
             heads=self.config.heads,
             head_dim=self.config.head_dim,
             dtype=weight.dtype,

@@ -29,11 +29,14 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        for name, size in (("batch", batch), ("capacity", capacity)):
+            if size < 1:
+                raise ValueError(f"a KV cache's {name} must be at least 1, got {size}")
         shape = (batch, heads, capacity, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(layers)]
         self.cache_seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.capacity = capacity
+        self.batch, self.capacity = batch, capacity
         self.length = 0
 
     def advance(self, count: int) -> int:

@@ -25,7 +25,7 @@ from onepass.generation import SampleConfig, generate
 from onepass.models.attention import AttentionChoice
 from onepass.models.gpt import GPT, GPTConfig
 from onepass.models.weights import save_model
-from onepass.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from onepass.training.checkpoint import ADVICE, CheckpointError, load_checkpoint, require_shapes, save_checkpoint
 from onepass.training.data import TextData, load_text, random_windows
 from onepass.training.evaluation import position_losses, spread_starts
 from onepass.training.interrupt import StopRequest
@@ -47,7 +47,7 @@ FREE_ON_RESUME = ("data", "data_dir", "device", "sample")  # the text itself is 
 
 
 class DivergedError(ValueError):
-    """The loss is no longer a finite number."""
+    """A loss, a gradient's norm or a weight is no longer a finite number; no checkpoint was written from it."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,16 @@ class TrainConfig:
         for name in ("batch", "steps", "grad_accum", "eval_every", "eval_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("lr", "min_lr", "weight_decay", "grad_clip", "dropout"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number")
         for name in ("warmup", "min_lr", "weight_decay", "grad_clip", "sample"):
-            if not getattr(self, name) >= 0:
+            if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
-        if not 0.0 < self.lr < float("inf"):
+        if self.lr <= 0.0:
             raise ValueError(f"lr is {self.lr}; expected a positive number")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; expected a number of 64 bits, -2**63 to 2**63 - 1")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
         if self.dtype not in ("fp32", "bf16"):
@@ -230,12 +235,21 @@ class Trainer:
         if state["text_sha256"] != self.data.sha256:
             theirs = state["text_sha256"]
             raise CheckpointError(f"{path} was trained on another text: sha256 {theirs}, now {self.data.sha256}")
+        require_shapes(path, "model", state["model"], self.model.state_dict())
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.data_order.set_state(state["data_order"])
-        torch.set_rng_state(state["cpu_random"])
-        if self.device.type == "cuda" and state["device_random"] is not None:
-            torch.cuda.set_rng_state(state["device_random"], self.device)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.data_order.set_state(state["data_order"])
+            torch.set_rng_state(state["cpu_random"])
+            if self.device.type == "cuda" and state["device_random"] is not None:
+                torch.cuda.set_rng_state(state["device_random"], self.device)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path} holds an optimizer or random numbers of something else ({error}): {ADVICE}"
+            ) from error
+        for parameter, averages in self.optimizer.state.items():
+            expected = {name: parameter for name in averages if name != "step"}
+            require_shapes(path, "optimizer", {name: averages[name] for name in expected}, expected)
         self.step, self.evaluated_at = state["step"], state["evaluated_at"]
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
 
@@ -255,7 +269,8 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False, progress: Pro
     Raises ``ValueError`` for a device that is not there or an attention that cannot train this model on it,
     :class:`~onepass.training.data.DataError` for a text that cannot be used,
     :class:`~onepass.training.checkpoint.CheckpointError` for a checkpoint of another run, ``OSError`` when the disk is
-    full (the previous checkpoint is whole), and ``DivergedError`` when the loss is no longer finite.
+    full (the previous checkpoint is whole), and ``DivergedError`` when the loss, the gradient or a weight is no longer
+    finite (the previous checkpoint stays).
     """
     progress = progress or Progress()
     checkpoint = out / "checkpoint.pt"
@@ -309,7 +324,7 @@ def _run(trainer: Trainer, out: Path, log: MetricsLog, stop: StopRequest, progre
             progress.steps(trainer.step, records[-1]["loss"], speed)
             pending.clear()
     if stop.requested():
-        save_checkpoint(out / "checkpoint.pt", trainer.state())
+        _save(trainer, out)
     return TrainResult(trainer.step, trainer.best_loss, trainer.best_step, speed, stop.signal)
 
 
@@ -317,6 +332,7 @@ def _evaluate(trainer: Trainer, out: Path, log: MetricsLog, stop: StopRequest, p
     loss = trainer.validate(stop)
     if loss is None:
         return
+    _require_finite("validation loss", trainer.step, loss)
     trainer.evaluated_at = trainer.step
     best = loss < trainer.best_loss
     if best:
@@ -324,7 +340,7 @@ def _evaluate(trainer: Trainer, out: Path, log: MetricsLog, stop: StopRequest, p
         record = {"step": trainer.step, "validation_loss_when_trained": loss}
         save_model(out / "best.safetensors", trainer.model, trainer.data.tokenizer, record)
     log.write([{"step": trainer.step, "validation_loss": loss}])
-    save_checkpoint(out / "checkpoint.pt", trainer.state())  # before anything is shown: the reader may have gone
+    _save(trainer, out)  # before anything is shown: the reader may have gone
     progress.evaluation(trainer.step, loss, best)
     if trainer.config.sample and not stop.requested():
         progress.sample(trainer.sample())
@@ -335,12 +351,24 @@ def _records(pending: list[tuple[int, float, Tensor, Tensor]]) -> list[dict[str,
     numbers = torch.stack([torch.stack([loss.float(), norm.float()]) for _, _, loss, norm in pending]).tolist()
     records = []
     for (step, rate, _, _), (loss, norm) in zip(pending, numbers, strict=True):
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"the loss of step {step} is {loss}; the last checkpoint is from before it: try a lower --lr"
-            )
+        _require_finite("loss", step, loss)
+        _require_finite("gradient norm", step, norm)
         records.append({"step": step, "loss": loss, "lr": rate, "grad_norm": norm})
     return records
+
+
+def _require_finite(what: str, step: int, value: float) -> None:
+    if not math.isfinite(value):
+        raise DivergedError(
+            f"the {what} of step {step} is {value}; the last checkpoint is from before it: try a lower --lr"
+        )
+
+
+def _save(trainer: Trainer, out: Path) -> None:
+    """Writes the checkpoint, or leaves the previous one as it is when a weight is not finite."""
+    for name, parameter in trainer.model.named_parameters():
+        _require_finite(f"largest weight of {name}", trainer.step, parameter.detach().abs().max().item())
+    save_checkpoint(out / "checkpoint.pt", trainer.state())
 
 
 def _check_attention(config: TrainConfig, target: torch.device) -> None:
