@@ -121,6 +121,17 @@ CASES: list[Case] = [
         r"page_table\[1, 0\] is 9, but the cache has 2 pages",
     ),
     (decode, {"num_splits": 0}, ValueError, r"num_splits must be an int of at least 1"),
+    (attend, {"causal": 1}, TypeError, r"causal must be True or False, got 1"),
+    (decode, {"causal": "no"}, TypeError, r"causal must be True or False, got 'no'"),
+    (attend, {"deterministic": "yes"}, TypeError, r"deterministic must be True or False or None.*got 'yes'"),
+    (attend, {"rng_state": tensor(2)}, TypeError, r"rng_state must be int64"),
+    (attend, {"rng_state": torch.zeros(3).long()}, ValueError, r"rng_state must be \(2,\)"),
+    (attend, {"generator": 3}, TypeError, r"generator must be a torch.Generator, got int"),
+    (attend, {"q": tensor(2, 5, 4, 16).to_sparse()}, TypeError, r"q must be a dense, strided .* layout sparse_coo"),
+    (attend, {"v": tensor(2, 7, 2, 8).to_sparse()}, TypeError, r"v must be a dense, strided"),
+    (attend, {"key_mask": (tensor(2, 7) > 0).to_sparse()}, TypeError, r"key_mask must be a dense, strided"),
+    (decode, {"k": tensor(2, 7, 2, 16).to_sparse()}, TypeError, r"k_cache must be a dense, strided"),
+    (decode, {"cache_seqlens": int32(3, 3).to_sparse()}, TypeError, r"cache_seqlens must be a dense, strided"),
     (decode, {"block_table": None}, TypeError, r"'block_table': use page_table="),
 ]
 
@@ -130,6 +141,38 @@ def test_message(case: Case) -> None:
     function, arguments, error, message = case
     with pytest.raises(error, match=message):
         function(**arguments)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_mkldnn_tensors_are_named() -> None:
+    with pytest.raises(TypeError, match=r"k must be a dense, strided tensor, got layout _mkldnn"):
+        attend(k=tensor(2, 7, 2, 16).to_mkldnn())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_named() -> None:
+    nested = torch.nested.nested_tensor([tensor(5, 4, 16), tensor(3, 4, 16)])
+    with pytest.raises(TypeError, match=r"q must be a dense, strided tensor, got a nested tensor"):
+        attend(q=nested)
+
+
+def test_explain_says_what_the_call_says() -> None:
+    q = tensor(1, 2, 1, 8)
+    with pytest.raises(
+        TypeError, match=r"explain\('attention', ...\): missing a required argument: 'v'; .*onepass.att"
+    ):
+        onepass.explain("attention", q, q)
+    with pytest.raises(TypeError, match=r"k must be a dense, strided"):
+        onepass.explain("attention", q, q.to_sparse(), q)
+
+
+@pytest.mark.parametrize("size", [2**62, 2**62 + 1, 2**70])
+def test_sizes_beyond_every_length_are_no_limit(size: int) -> None:
+    q, k = torch.randn(2, 5, 4, 16), torch.randn(2, 7, 4, 16)
+    assert torch.equal(attend(q, k, k, window_size=(size, size)), attend(q, k, k))
+    assert torch.equal(attend(q, k, k, window_size=(size, 0)), attend(q, k, k, causal=True))
+    assert torch.equal(decode(q[:, :1], k, k, window_size=(size, size)), decode(q[:, :1], k, k))
+    torch.testing.assert_close(decode(q[:, :1], k, k, num_splits=size), decode(q[:, :1], k, k))
 
 
 def test_the_valid_call_is_valid() -> None:

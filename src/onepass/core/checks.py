@@ -28,6 +28,18 @@ def require_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def require_strided(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {str(tensor.layout).removeprefix('torch.')}"
+        raise TypeError(f"{name} must be a dense, strided tensor, got {kind}: convert it with to_dense() or padding")
+
+
+def require_bool(name: str, value: Any, or_none: str = "") -> None:
+    """`or_none`: what None means, in words; empty when it is not allowed."""
+    if not isinstance(value, bool) and not (or_none and value is None):
+        raise TypeError(f"{name} must be True or False{or_none and ' ' + or_none}, got {value!r}")
+
+
 def require_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
     if tensor.dtype not in allowed:
         names = " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in allowed))

@@ -5,6 +5,7 @@ of the facts the choice depends on, never raw lengths, so the cache stays small 
 """
 
 import importlib
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -237,8 +238,13 @@ def explain(op: str, *args: Any, **options: Any) -> Explanation:
           cpu: chosen
           reference: used only when asked for by name (backend='reference')
 
-    Arguments are checked as the call itself checks them. Raises ValueError for an unknown operation.
+    Arguments are checked as the call itself checks them. Raises ValueError for an unknown operation, TypeError for
+    missing arguments.
     """
     if op not in _explainers:
         raise ValueError(f"explain knows no operation {op!r}: choose from {', '.join(sorted(_explainers))}")
+    try:
+        inspect.signature(_explainers[op]).bind(*args, **options)
+    except TypeError as error:
+        raise TypeError(f"explain({op!r}, ...): {error}; give it the arguments of onepass.{op}") from None
     return Explanation(_explainers[op](*args, **options))

@@ -9,6 +9,10 @@ from onepass.core import checks, torch_compat
 from onepass.core.registry import Choice, backend_in_use, choose, explains
 from onepass.ops.attention import kernels, registration, spec
 
+# Sizes past these change nothing and would not fit the operations' int64 arguments.
+_LARGEST_SPLITS = 2**31 - 1
+_LARGEST_WINDOW = 2**62
+
 # How other libraries spell options that attention has, or does not need.
 _HINTS = {
     "attn_mask": (
@@ -87,26 +91,39 @@ def attention(
     """
     if unknown:
         raise checks.unknown_argument(attention, next(iter(unknown)), _HINTS)
-    call = _canonical(
-        q,
-        k,
-        v,
-        causal,
-        causal_alignment,
-        softmax_scale,
-        window_size,
-        softcap,
-        alibi_slopes,
-        attn_bias,
-        attn_sink,
-        key_mask,
-        dropout_p,
-        generator,
-        rng_state,
-        deterministic,
-        backend,
-    )
-    out, lse = registration.attention_fwd(call)
+    try:
+        call = _canonical(
+            q,
+            k,
+            v,
+            causal,
+            causal_alignment,
+            softmax_scale,
+            window_size,
+            softcap,
+            alibi_slopes,
+            attn_bias,
+            attn_sink,
+            key_mask,
+            dropout_p,
+            generator,
+            rng_state,
+            deterministic,
+            backend,
+        )
+        out, lse = registration.attention_fwd(call)
+    except RuntimeError:
+        _require_strided(
+            q=q,
+            k=k,
+            v=v,
+            attn_bias=attn_bias,
+            alibi_slopes=alibi_slopes,
+            attn_sink=attn_sink,
+            key_mask=key_mask,
+            rng_state=rng_state,
+        )
+        raise
     return (out, lse) if return_lse else out
 
 
@@ -130,8 +147,16 @@ def _canonical(
     backend: str | None = None,
 ) -> tuple[Any, ...]:
     """The arguments of the operation attention_fwd."""
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+    if not (
+        isinstance(q, Tensor)
+        and isinstance(k, Tensor)
+        and isinstance(v, Tensor)
+        and type(causal) is bool
+        and (deterministic is None or type(deterministic) is bool)
+    ):
         _require_tensors(q=q, k=k, v=v)
+        checks.require_bool("causal", causal)
+        checks.require_bool("deterministic", deterministic, "or None, which follows PyTorch's setting")
     if causal_alignment == "bottom_right":
         bottom_right = True
     elif causal_alignment == "top_left":
@@ -221,25 +246,39 @@ def attention_decode(
     """
     if unknown:
         raise checks.unknown_argument(attention_decode, next(iter(unknown)), _HINTS)
-    call = _canonical_decode(
-        q,
-        k_cache,
-        v_cache,
-        cache_seqlens,
-        page_table,
-        causal,
-        softmax_scale,
-        window_size,
-        softcap,
-        alibi_slopes,
-        attn_sink,
-        k_descale,
-        v_descale,
-        num_splits,
-        return_lse,
-        backend,
-    )
-    out, lse = registration.attention_decode(call)
+    try:
+        call = _canonical_decode(
+            q,
+            k_cache,
+            v_cache,
+            cache_seqlens,
+            page_table,
+            causal,
+            softmax_scale,
+            window_size,
+            softcap,
+            alibi_slopes,
+            attn_sink,
+            k_descale,
+            v_descale,
+            num_splits,
+            return_lse,
+            backend,
+        )
+        out, lse = registration.attention_decode(call)
+    except RuntimeError:
+        _require_strided(
+            q=q,
+            k_cache=k_cache,
+            v_cache=v_cache,
+            cache_seqlens=cache_seqlens,
+            page_table=page_table,
+            alibi_slopes=alibi_slopes,
+            attn_sink=attn_sink,
+            k_descale=k_descale,
+            v_descale=v_descale,
+        )
+        raise
     return (out, lse) if return_lse else out
 
 
@@ -262,8 +301,11 @@ def _canonical_decode(
     backend: str | None = None,
 ) -> tuple[Any, ...]:
     """The arguments of the operation attention_decode."""
-    if not (isinstance(q, Tensor) and isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor)):
+    if not (
+        isinstance(q, Tensor) and isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor) and type(causal) is bool
+    ):
         _require_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
+        checks.require_bool("causal", causal)
     window_left, window_right = (-1, -1) if window_size == (-1, -1) else _window(window_size)
     if causal:
         window_right = 0
@@ -298,7 +340,7 @@ def _canonical_decode(
         window_left,
         window_right,
         float(softcap),
-        num_splits or 0,
+        0 if num_splits is None else min(num_splits, _LARGEST_SPLITS),
         bool(return_lse),
         backend_in_use() if backend is None else backend,
     )
@@ -322,7 +364,11 @@ def merge_attention(outs: Tensor, lses: Tensor, *, backend: str | None = None) -
     _require_tensors(outs=outs, lses=lses)
     if outs is None or lses is None:
         raise TypeError("merge_attention needs outs and lses, stacked along the first dimension")
-    out, lse = registration.merge_attention(outs, lses, backend_in_use() if backend is None else backend)
+    try:
+        out, lse = registration.merge_attention(outs, lses, backend_in_use() if backend is None else backend)
+    except RuntimeError:
+        _require_strided(outs=outs, lses=lses)
+        raise
     return out, lse
 
 
@@ -334,6 +380,13 @@ def _require_tensors(**named: Any) -> None:
     for name, value in named.items():
         if value is not None or name in required:
             checks.require_tensor(name, value)
+
+
+def _require_strided(**named: Any) -> None:
+    """Asked only after a failure: the kernels' own errors for a sparse tensor do not name it."""
+    for name, value in named.items():
+        if isinstance(value, Tensor):
+            checks.require_strided(name, value)
 
 
 def _default_scale(q: Tensor) -> float:
@@ -352,7 +405,11 @@ def _window(window_size: Any) -> tuple[int, int]:
             raise TypeError(f"window_size's {name} must be an int, got {size!r}")
         if size < -1:
             raise ValueError(f"window_size's {name} must be at least 0, or -1 for unlimited, got {size}")
-    return left, right
+    return _window_side(left), _window_side(right)
+
+
+def _window_side(size: int) -> int:
+    return -1 if isinstance(size, int) and size > _LARGEST_WINDOW else size
 
 
 def _softcap(softcap: Any) -> float:
@@ -371,6 +428,13 @@ def _dropout(
     if generator is not None and rng_state is not None:
         raise ValueError("give generator or rng_state, not both: rng_state alone determines the dropout mask")
     _require_tensors(rng_state=rng_state)
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+        if generator.device.type != q.device.type:
+            raise ValueError(f"generator must be on q's device {q.device}, got one on {generator.device}")
+    if rng_state is not None:
+        spec.check_rng_state(q, rng_state)
     if dropout_p == 0:
         return 0.0, None
     if rng_state is None:
@@ -418,6 +482,7 @@ def _explain_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> list[
     options.pop("return_lse", None)
     if unknown := options.keys() - checks.options_of(attention):
         raise checks.unknown_argument(attention, min(unknown), _HINTS)
+    _require_strided(q=q, k=k, v=v, **options)
     call = _canonical(q, k, v, **options)
     arguments, backend = call[:8] + call[9:-1], call[-1]  # all but softmax_scale
     choices = [choose(kernels.FORWARD, spec.attention_facts(*arguments), backend)]
@@ -437,6 +502,7 @@ def _explain_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: Any)
     options.pop("return_lse", None)
     if unknown := options.keys() - checks.options_of(attention_decode):
         raise checks.unknown_argument(attention_decode, min(unknown), _HINTS)
+    _require_strided(q=q, k_cache=k_cache, v_cache=v_cache, **options)
     call = _canonical_decode(q, k_cache, v_cache, **options)
     arguments = call[:9] + call[10:-3]  # all but softmax_scale, num_splits, need_lse and backend
     return [choose(kernels.DECODE, spec.decode_facts(*arguments), call[-1])]
@@ -444,6 +510,8 @@ def _explain_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: Any)
 
 @explains("merge_attention")
 def _explain_merge(outs: Tensor, lses: Tensor, *, backend: str | None = None) -> list[Choice]:
+    _require_tensors(outs=outs, lses=lses)
+    _require_strided(outs=outs, lses=lses)
     name = backend_in_use() if backend is None else backend
     facts = spec.merge_facts(outs, lses)
     choices = [choose(kernels.MERGE, facts, name)]
