@@ -1,8 +1,12 @@
 """onepass: fused transformer kernels. Each operation reads its inputs once and writes its result once.
 
 One public function per operation serves every machine; `explain` tells what a call would run, `use_backend` decides it.
-Importing this package needs torch alone.
+Importing this package needs torch alone. `onepass.nn` (modules) and `onepass.lab` (attention in four steps) are
+imported when they are first used.
 """
+
+import importlib
+from typing import Any
 
 from onepass.core.errors import UnsupportedError
 from onepass.core.registry import explain, use_backend
@@ -11,3 +15,15 @@ from onepass.ops.attention.api import attention, attention_decode, merge_attenti
 __version__ = "0.1.0"
 
 __all__ = ["UnsupportedError", "attention", "attention_decode", "explain", "merge_attention", "use_backend"]
+
+_SUBPACKAGES = ("lab", "nn")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"onepass.{name}")
+    raise AttributeError(f"module 'onepass' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBPACKAGES})

@@ -40,3 +40,15 @@ def test_loads_no_library_before_it_is_needed() -> None:
         "except onepass.UnsupportedError as error:\n    print(error)\n"
     )
     assert "cpu: ONEPASS_CPU_LIBRARY='/nowhere/lib.so' is not a file" in out
+
+
+def test_subpackages_are_imported_when_first_used() -> None:
+    run(
+        "import sys, onepass\n"
+        "assert {'nn', 'lab'} <= set(dir(onepass))\n"
+        "assert not {'onepass.nn', 'onepass.lab'} & set(sys.modules)\n"
+        "onepass.nn.Attention, onepass.lab.STEPS\n"
+        "try:\n    onepass.nothing\n"
+        "except AttributeError as error:\n    assert str(error) == \"module 'onepass' has no attribute 'nothing'\"\n"
+        "else:\n    raise AssertionError\n"
+    )
