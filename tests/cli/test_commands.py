@@ -67,7 +67,8 @@ def test_bench_lists_and_refuses():
     assert listed.exit_code == 0
     assert re.search(r"^attention: forward-fp32, ", listed.output, re.MULTILINE)
     missing = invoke("bench", "attention", "--no-run", "--out", "/nonexistent/result.json")
-    assert isinstance(missing.exception, FileNotFoundError)
+    assert isinstance(missing.exception, ValueError)
+    assert "no result /nonexistent/result.json yet: run without --no-run" in str(missing.exception)
 
 
 @pytest.mark.slow

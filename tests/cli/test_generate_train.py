@@ -11,8 +11,10 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 
 from onepass import cli
+from onepass.commands import train as train_command
 from onepass.models.attention import ATTENTION_NAMES
 
 COMMAND = [sys.executable, "-m", "onepass"]
@@ -222,3 +224,12 @@ def test_train_says_what_is_wrong(folder, capsys, args, message):
     (folder / "short.txt").write_text("a" * 10)
     assert message in message_of(["train", "gpt", *TINY, *args], capsys)
     assert not (folder / "runs").exists()
+
+
+def test_a_full_disk_takes_the_picture_alone(tmp_path, monkeypatch, capsys):
+    def full(metrics, picture):
+        raise OSError(28, f"could not write {picture}: No space left on device")
+
+    monkeypatch.setattr(train_command, "draw_losses", full)
+    train_command._draw(tmp_path, Console(width=400))
+    assert "No space left on device" in capsys.readouterr().out

@@ -1,4 +1,5 @@
 import hashlib
+import http.client
 import io
 import urllib.error
 
@@ -56,6 +57,16 @@ def test_shakespeare_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(data.urllib.request, "urlopen", offline)
     with pytest.raises(DataError, match=r"could not be downloaded \(Name or service not known\). Without a network"):
         load_text("shakespeare", tmp_path)
+
+
+def test_shakespeare_cut_short_while_it_is_downloaded(tmp_path, monkeypatch):
+    def cut(url, timeout):
+        raise http.client.IncompleteRead(b"First", 1_000_000)
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", cut)
+    with pytest.raises(DataError, match=r"could not be downloaded \(IncompleteRead"):
+        load_text("shakespeare", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_shakespeare_is_checked(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ best peer; memory where it was measured.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from onepass.bench.report import PER_SECOND, best_ratio, ours
+from onepass.core.files import replace_file
 
 COLOURS = ("#1f5fa8", "#e07b39", "#8c8c8c", "#5a9e6f")  # ours first
 STYLE: dict[Any, Any] = {
@@ -154,10 +156,13 @@ def draw_group(group: Mapping[str, Any]) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write one figure as SVG or PNG, by its name."""
+    """Write one figure as SVG or PNG, by its name; whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+        kind = path.suffix.removeprefix(".")
+        figure.savefig(buffer, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
+    replace_file(path, buffer.getbuffer())
 
 
 def draw(result: Mapping[str, Any], folder: Path, stem: str, suffix: str = ".svg") -> list[Path]:

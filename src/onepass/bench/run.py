@@ -246,6 +246,8 @@ def load(path: Path) -> dict[str, Any]:
     """A result file; ValueError says what is wrong with one that cannot be read."""
     try:
         result: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"there is no result {path} yet: run without --no-run to measure it") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(result, dict) or not {"benchmark", "groups"} <= result.keys():

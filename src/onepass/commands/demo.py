@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from onepass.bench import plot, registry, report, run
 from onepass.commands import check, info
 from onepass.commands.html_report import Report
 from onepass.commands.train import ConsoleProgress
+from onepass.core.files import replace_file
 from onepass.generation import SampleConfig, generate
 from onepass.models.weights import SHAKES, load_model
 from onepass.training.data import TextData, load_text
@@ -96,7 +96,7 @@ def show_training(console: Console, page: Report, out: Path, seconds: float) -> 
         if result.stopped_by is not None:
             raise click.Abort
         for name in ("metrics.jsonl", "best.safetensors"):
-            shutil.copy(run_folder / name, out / name)
+            replace_file(out / name, (run_folder / name).read_bytes())
     draw_losses(out / "metrics.jsonl", out / "losses.png")
     speed = f"{steps} steps, {result.tokens_per_second:,.0f} tokens/s"
     text = f"{speed}; best validation loss {result.best_loss:.3f} nats per character"

@@ -150,7 +150,7 @@ def _export(config: TrainConfig, out: Path, target: Path, console: Console) -> N
 def _draw(out: Path, console: Console) -> None:
     try:
         draw_losses(out / "metrics.jsonl", out / "losses.png")
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # a picture less, on a full disk, does not change how the run ended
         console.print(str(error), highlight=False)
 
 

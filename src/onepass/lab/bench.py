@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -183,7 +184,10 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         memory_axes.set_yscale("log")
         memory_axes.set_ylabel("working memory (MB)")
         figure.suptitle(f"Attention in four steps: {title(result)}", fontsize=10)
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        kind = path.suffix.removeprefix(".")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    replace_file(path, buffer.getbuffer())
 
 
 def _bars(axes: Axes, heights: Mapping[str, float], unit: str, notes: list[str]) -> None:
