@@ -1,10 +1,8 @@
-"""Benchmarks of attention on the CPU: forward, forward + backward, decode, growth with length, call overhead,
-generation.
+"""Benchmarks of attention on the CPU: forward, forward + backward, decode, growth with length, call overhead.
 
 Providers: onepass-cpu, PyTorch's scaled_dot_product_attention (sdpa) and softmax(q k^T) v written in PyTorch (naive).
-           onepass reads
-(batch, seqlen, nheads, head_dim), the peers (batch, nheads, seqlen, head_dim); each gets its own contiguous layout of
-the same numbers.
+onepass reads (batch, seqlen, nheads, head_dim), the peers (batch, nheads, seqlen, head_dim); each gets its own
+contiguous layout of the same numbers.
 """
 
 from __future__ import annotations
