@@ -64,6 +64,7 @@ def test_choices():
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"seed": 2**63}, "seed is 9223372036854775808; expected a number of 64 bits"),
         ({"tokens": -1}, "tokens is -1"),
     ],
 )
