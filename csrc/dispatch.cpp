@@ -44,7 +44,7 @@ const KernelTable* find(const char* isa) {
   return nullptr;
 }
 
-// Intel runs the bf16 dot at half the rate of its fp32 multiply-adds (Sapphire Rapids: 216 against 390 GFLOP/s in attention),
+// Intel runs the bf16 dot at half the rate of its fp32 multiply-adds (Emerald Rapids: 216 against 390 GFLOP/s in attention),
 // so there bf16 is better widened. AMD runs it at twice the rate.
 bool worth_using(const KernelTable* table) {
 #if defined(__x86_64__)

@@ -26,7 +26,7 @@ def definition(q, k, v, causal, softmax_scale):
 
 
 def check(q, k, v, step, causal=False, softmax_scale=None, terms=0.0, **blocks):
-    """Inputs lie between NaN and must survive; all of the output must be written; `terms`: more of those of numerics."""
+    """Inputs lie between NaN and must survive; all of the output must be written; `terms`: more, as in numerics."""
     inputs = [numerics.guarded(x) for x in (q, k, v)]
     with numerics.nan_filled_memory():
         out = attention_step(
