@@ -13,7 +13,7 @@ from onepass.ops.attention.spec import Sizes, check_cache_contents
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ABSENT = (0, 0, 0, 0, 0)
 _NO_MASK = (0, 0, 0)
-# Up to so many queries a KV head the decode kernel is faster: it fills vectors with features instead of queries. It also
+# Up to so many queries a KV head the decode kernel is faster: it fills vectors with features, not with queries. It also
 # shares one head's keys among the threads: with fewer KV heads than threads the limit is as many times higher.
 _FEW_QUERIES = 8
 _FAR = 1 << 40  # windows are clamped here, so that index arithmetic cannot overflow
