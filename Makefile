@@ -43,5 +43,5 @@ $(VENV)/.installed-%: $(SOURCES) scripts/install.sh
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist onepass-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist onepass-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
