@@ -64,7 +64,9 @@ def message_of(args, capsys):
 
 
 def steps_logged(out):
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    """The losses in the metrics, by step. A run that is still going may be in the middle of its last line."""
+    text = (out / "metrics.jsonl").read_text()
+    records = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     return {record["step"]: record["loss"] for record in records if "loss" in record}
 
 
@@ -141,7 +143,7 @@ def test_train_saves_on_a_signal_and_resumes_with_its_own_settings(folder, numbe
     process = start("train", "gpt", *long)
     out = folder / "runs/gpt"
     deadline = time.monotonic() + 120
-    while not (out / "checkpoint.pt").exists() or not (out / "metrics.jsonl").read_text().count('"loss"'):
+    while not (out / "checkpoint.pt").exists() or not (out / "metrics.jsonl").exists() or not steps_logged(out):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
