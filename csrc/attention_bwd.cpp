@@ -30,7 +30,7 @@ struct Scratch {
   Elem *Qt, *dOt, *Q_rows, *dO_rows;
   float *dQt, *lse, *delta;
   // Of the tile: scores and dP; then weights and dS by rows of keys, and dS as the dQ product reads it.
-  float *S, *dP, *tile_max;
+  float *S, *dP;
   Elem *P_rows, *dS_rows, *dS;
   int64_t ld, ld_v;              // row length of dK and dV: whole vectors
   int64_t key_depth, val_depth;  // head_dim and head_dim_v padded to TILE_M
@@ -54,7 +54,6 @@ struct Scratch {
     delta = w.take<float>(BLOCK_Q);
     S = w.take<float>(BLOCK_K * BLOCK_Q);
     dP = w.take<float>(BLOCK_K * BLOCK_Q);
-    tile_max = w.take<float>(BLOCK_Q);
     P_rows = Compute::STEP == 1 ? (Elem*)S : w.take<Elem>(BLOCK_K * BLOCK_Q);
     dS_rows = Compute::STEP == 1 ? (Elem*)dP : w.take<Elem>(BLOCK_K * BLOCK_Q);
     dS = Compute::STEP == 1 ? (Elem*)dP : w.take<Elem>(BLOCK_K * BLOCK_Q);
@@ -251,8 +250,8 @@ struct Range {  // one piece of work
       const int64_t r = j0 - j_begin, count = min_of(BLOCK_K, keys - r), rows = round_up(count, TILE_M);
       const Visible seen = visible(p, mask, i0, queries, j0, count);
       if (seen == Visible::NONE) continue;
-      score_tile<Compute, N>(t.S, {K.data + r * K.stride, K.stride}, count, p.head_dim, t.Qt, t.tile_max);
-      score_tile<Compute, N>(t.dP, {V.data + r * V.stride, V.stride}, count, p.head_dim_v, t.dOt, t.tile_max);
+      score_tile<Compute, N, false>(t.S, {K.data + r * K.stride, K.stride}, count, p.head_dim, t.Qt, nullptr);
+      score_tile<Compute, N, false>(t.dP, {V.data + r * V.stride, V.stride}, count, p.head_dim_v, t.dOt, nullptr);
       if (seen == Visible::SOME) {
         mask_tile<N>(t.S, p, mask, i0, j0, count);
         gradient_tile<Compute, N, true>(t, rows, scale.after);

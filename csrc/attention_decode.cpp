@@ -148,9 +148,6 @@ ONEPASS_INLINE void add_values(Paired, float* O, int64_t ld, const bf16* v, int6
 }
 #endif
 
-ONEPASS_INLINE void store_weight(float* P, vf p) { store(P, p); }
-ONEPASS_INLINE void store_weight(bf16* P, vf p) { store(P, p); }
-
 template <class Features, class T>
 struct Decode {
   typedef typename Features::Query Query;
@@ -256,7 +253,7 @@ struct Decode {
     for (int64_t j = 0; j < keys; j += VW) {
       const vf weight = vexp(load(S + j) - broadcast(m_finite));
       sum += weight;
-      store_weight(P + j, weight);
+      store(P + j, weight);
     }
     *rescale = *m == NEG_INF ? 0.f : expf(*m - m_finite);
     *l = *l * *rescale + horizontal_sum(sum);

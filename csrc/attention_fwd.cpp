@@ -94,7 +94,7 @@ ONEPASS_INLINE void attend_tile(Scratch<Compute>& t, const AttentionProblem& p, 
   constexpr int LD = N * VW;
   const Visible seen = visible(p, mask, i0, queries, j0, keys);
   if (seen == Visible::NONE) return;
-  score_tile<Compute, N>(t.S, K, keys, p.head_dim, t.Qt + block * t.q_size, t.tile_max);
+  score_tile<Compute, N, true>(t.S, K, keys, p.head_dim, t.Qt + block * t.q_size, t.tile_max);
   const int64_t rows = round_up(keys, TILE_M);
   if (seen == Visible::SOME) {
     mask_tile<N>(t.S, p, mask, i0, j0, keys);

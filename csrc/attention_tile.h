@@ -257,15 +257,15 @@ ONEPASS_INLINE Tile<bf16> value_tile(Bf16Pairs, bf16* scratch, const bf16* src, 
 
 // ---- the score product
 
-// S^T = K x Q^T for one tile; also the largest score of each query (valid for tiles with nothing masked).
-template <class Compute, int N>
+// S^T = K x Q^T for one tile. With COLUMN_MAX also the largest score of each query (valid for tiles with nothing masked).
+template <class Compute, int N, bool COLUMN_MAX>
 ONEPASS_INLINE void score_tile(float* S, Tile<typename Compute::Elem> K, int64_t keys, int64_t depth,
                                const typename Compute::Elem* Qt, float* tile_max) {
-  for (int n = 0; n < N * VW; n++) tile_max[n] = NEG_INF;
+  for (int n = 0; COLUMN_MAX && n < N * VW; n++) tile_max[n] = NEG_INF;
   for (int64_t j = 0; j < keys; j += TILE_M)
-    multiply_tile<Compute, TILE_M, N, Into::OVERWRITE, true>(ceil_div(depth, Compute::STEP), K.data + j * K.stride, K.stride,
-                                                             Compute::STEP, Qt, N * VW * Compute::STEP, S + j * N * VW, N * VW,
-                                                             nullptr, tile_max);
+    multiply_tile<Compute, TILE_M, N, Into::OVERWRITE, COLUMN_MAX>(ceil_div(depth, Compute::STEP), K.data + j * K.stride, K.stride,
+                                                                   Compute::STEP, Qt, N * VW * Compute::STEP, S + j * N * VW,
+                                                                   N * VW, nullptr, tile_max);
 }
 
 // softmax_scale goes into Q where that costs no precision to speak of; bf16 takes its sign (exactly), the magnitude comes after.
