@@ -29,7 +29,7 @@ struct AttentionProblem {
 struct AttentionFwdArgs {
   AttentionProblem problem;
   Tensor4 q, k, v, out;  // out contiguous
-  float* lse;            // (batch, nheads_q, seqlen_q) contiguous, natural log
+  float* lse;            // (batch, nheads_q, seqlen_q) contiguous, natural log; or null
 };
 
 struct AttentionBwdArgs {
@@ -46,6 +46,14 @@ struct AttentionDecodeArgs {
   float* lse;                    // as in forward, or null
   const int32_t* cache_seqlens;  // (batch,), or null: the caches are full
   int64_t num_splits;            // parts the keys are cut into; 0 = chosen from heads, keys and threads
+};
+
+// Attention on PyTorch's own tensors (csrc/direct.cpp): what is left to say.
+struct DirectAttentionArgs {
+  int64_t num_threads, window_left, window_right;
+  int64_t decode;  // 1 = attention_decode, 0 = attention
+  int64_t bottom_right, num_splits;
+  double softmax_scale;
 };
 
 struct MergeArgs {

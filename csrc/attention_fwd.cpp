@@ -137,7 +137,7 @@ ONEPASS_INLINE void end_block(Scratch<Compute>& t, const AttentionProblem& p, in
   float inverse[LD];
   for (int64_t i = 0; i < queries; i++) {
     inverse[i] = l[i] == 0.f ? 0.f : 1.f / l[i];
-    lse[i] = m[i] + logf(l[i]);
+    if (lse) lse[i] = m[i] + logf(l[i]);
   }
   store_transposed<LD>(out, stride_s, Ot, inverse, queries, p.head_dim_v);
 }
@@ -152,7 +152,7 @@ void attend_head(Scratch<Compute>& t, const AttentionFwdArgs& a, int64_t b, int6
   const T* k = (const T*)a.k.data + b * a.k.stride_b + h_kv * a.k.stride_h;
   const T* v = (const T*)a.v.data + b * a.v.stride_b + h_kv * a.v.stride_h;
   T* out = (T*)a.out.data + b * a.out.stride_b + h * a.out.stride_h;
-  float* lse = a.lse + (b * p.nheads_q + h) * p.seqlen_q;
+  float* lse = a.lse ? a.lse + (b * p.nheads_q + h) * p.seqlen_q : nullptr;
   const KeyMask mask = key_mask_of(p, b);
   const ScoreScale scale = score_scale(Compute{}, p.softmax_scale);
   const int64_t end = first_query + queries;
@@ -173,7 +173,7 @@ void attend_head(Scratch<Compute>& t, const AttentionFwdArgs& a, int64_t b, int6
   }
   for (int64_t i0 = first_query, block = 0; i0 < end; i0 += block_q, block++) {
     const int64_t count = min_of(block_q, end - i0);
-    ONEPASS_WITH_VECTORS(count, (end_block<Compute, N>(t, p, block, out + i0 * a.out.stride_s, a.out.stride_s, lse + i0, count)));
+    ONEPASS_WITH_VECTORS(count, (end_block<Compute, N>(t, p, block, out + i0 * a.out.stride_s, a.out.stride_s, lse ? lse + i0 : nullptr, count)));
   }
 }
 
@@ -215,9 +215,21 @@ int forward(const AttentionFwdArgs& a) {
   return status;
 }
 
+// Up to so many queries a KV head the decode kernel is faster: it fills vectors with features, not with queries. It also
+// shares one head's keys among the threads: with fewer KV heads than threads the limit is as many times higher.
+bool has_few_queries(const AttentionProblem& p) {
+  return p.seqlen_q * p.nheads_q * p.batch <= 8 * max_of(p.nheads_kv * p.batch, p.num_threads);
+}
+
 }  // namespace
 
+extern "C" int ONEPASS_KERNEL(attention_decode)(const AttentionDecodeArgs*);
+
 extern "C" int ONEPASS_KERNEL(attention_fwd)(const AttentionFwdArgs* args) {
+  if (has_few_queries(args->problem)) {
+    const AttentionDecodeArgs few = {args->problem, args->q, args->k, args->v, args->out, args->lse, nullptr, 0};
+    return ONEPASS_KERNEL(attention_decode)(&few);
+  }
   switch (args->problem.dtype) {
     case ONEPASS_F32: return forward<Fp32, float>(*args);
     case ONEPASS_F16: return forward<Fp32, f16>(*args);

@@ -109,12 +109,24 @@ def choose_token(logits: Tensor, config: SampleConfig, generator: torch.Generato
 
     Raises ``ValueError`` when the logits hold NaN or nothing finite: such a model has no next token.
     """
-    highest = logits.max()  # NaN when any of them is
-    if not math.isfinite(float(highest)):
-        raise ValueError("the model's logits are not finite: its weights or its attention gave NaN or infinity")
     if config.temperature == 0.0:
+        _require_finite(logits)
         return int(logits.argmax())
-    logits = (logits - highest) / config.temperature  # at most 0: even a tiny temperature overflows to -inf alone
+    token = _draw(_probabilities(logits / config.temperature, config), generator)
+    if token is None:  # NaN: from the model, or from dividing by a tiny temperature
+        _require_finite(logits)
+        token = _draw(_probabilities((logits - logits.max()) / config.temperature, config), generator)
+    assert token is not None  # at most 0 now, and the largest is 0
+    return token
+
+
+def _require_finite(logits: Tensor) -> None:
+    if not math.isfinite(float(logits.max())):  # NaN when any of them is
+        raise ValueError("the model's logits are not finite: its weights or its attention gave NaN or infinity")
+
+
+def _probabilities(logits: Tensor, config: SampleConfig) -> Tensor:
+    """Of each token, those that top_k and top_p leave out at 0; NaN when the logits are not finite."""
     if config.top_k is not None and config.top_k < logits.numel():
         smallest_kept = logits.topk(config.top_k).values[-1]
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
@@ -123,14 +135,18 @@ def choose_token(logits: Tensor, config: SampleConfig, generator: torch.Generato
         ordered, order = probabilities.sort(descending=True, stable=True)
         likelier = ordered.cumsum(0) - ordered  # what the likelier tokens reach without this one
         probabilities[order[likelier >= config.top_p]] = 0.0
-    return _draw(probabilities, generator)
+    return probabilities
 
 
-def _draw(probabilities: Tensor, generator: torch.Generator) -> int:
+def _draw(probabilities: Tensor, generator: torch.Generator) -> int | None:
     """The token at which the cumulative probability passes a uniform number; a third of torch.multinomial's time.
 
     In fp64, a uniform number of 24 bits is below 1 by more than rounding, so a token of probability 0 is never drawn.
+    None, and no number drawn, when the probabilities are NaN.
     """
     cumulative = probabilities.cumsum(0, dtype=torch.float64)
-    uniform = torch.rand(1, generator=generator).double()
-    return int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+    total = float(cumulative[-1])
+    if math.isnan(total):
+        return None
+    uniform = float(torch.rand(1, generator=generator))
+    return int(torch.searchsorted(cumulative, uniform * total, right=True))

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from . import env
+from . import env, torch_compat
 
 _LIBRARY_NAME = "libonepass_cpu.so"
 _BAD_INDEX = 2  # csrc/abi.h
@@ -115,5 +116,62 @@ def kernel(name: str) -> Callable[[bytes], None]:
             if status == _BAD_INDEX:
                 raise IndexError(f"onepass: an index given to the C++ kernel {name} is out of range")
             raise MemoryError(f"onepass: the C++ kernel {name} could not allocate its workspace")
+
+    return call
+
+
+# The fields of struct HostFunctions (csrc/torch_tensors.h): PyTorch's, then Python's.
+_TORCH_FUNCTIONS = (
+    "aoti_torch_get_data_ptr",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_sizes",
+    "aoti_torch_get_strides",
+    "aoti_torch_get_dtype",
+    "aoti_torch_get_device_type",
+    "aoti_torch_get_layout",
+    "aoti_torch_empty_strided",
+    "aoti_torch_delete_tensor_object",
+)
+_PYTHON_FUNCTIONS = (
+    "PyCapsule_GetPointer",
+    "PyCapsule_New",
+    "Py_IncRef",
+    "PyEval_SaveThread",
+    "PyEval_RestoreThread",
+)
+
+
+@functools.cache
+def has_direct_calls() -> bool:
+    """Whether this PyTorch offers what csrc/direct.cpp needs; the functions are bound at the first question."""
+    torch_library = torch_compat.stable_c_interface()
+    if torch_library is None or unavailable() is not None:
+        return False
+    try:
+        functions = [getattr(torch_library, name) for name in _TORCH_FUNCTIONS]
+    except AttributeError:
+        return False
+    functions += [getattr(ctypes.pythonapi, name) for name in _PYTHON_FUNCTIONS]
+    addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
+    _library().onepass_bind_host((ctypes.c_void_p * len(addresses))(*addresses))
+    return True
+
+
+@functools.cache
+def direct_attention() -> Callable[[list[Tensor], bytes], Tensor | None]:
+    """onepass_direct_attention: q, k, v and perhaps cache_seqlens, and packed DirectAttentionArgs, to a new tensor.
+
+    None: the call must go the ordinary way, as every call does without `has_direct_calls`.
+    """
+    if not has_direct_calls():
+        return lambda tensors, arguments: None
+    function = ctypes.PyDLL(_library()._name).onepass_direct_attention  # PyDLL: it needs the GIL, which it releases
+    function.argtypes, function.restype = (*[ctypes.py_object] * 5, ctypes.c_char_p), ctypes.py_object
+    handles, take = torch_compat.tensor_handles, torch_compat.take_tensor
+
+    def call(tensors: list[Tensor], arguments: bytes) -> Tensor | None:
+        absent = (None,) * (5 - len(tensors))  # cache_seqlens, and the argument that must be None
+        out = function(*handles(tensors), *absent, arguments)
+        return None if out is None else take(out)
 
     return call

@@ -31,7 +31,9 @@ class Kernel:
 
     `unsupported(spec)` gives the reasons for which the kernel cannot do a call, whatever the machine; `unavailable()`
     says why it cannot run on this machine; `slow(spec)` what it does, but slowly. `launcher` is the import path
-    "module:function"; the module is imported when the kernel is first chosen.
+    "module:function"; the module is imported when the kernel is first chosen. `direct`, where there is one, is the path
+    of a launcher that takes the operation's arguments as one tuple before anything has been checked: it does a plain,
+    valid call on its own device and returns None for any other, which then goes the ordinary way.
     """
 
     backend: str
@@ -39,13 +41,18 @@ class Kernel:
     unsupported: Callable[[Any], list[str]]
     launcher: str
     slow: Callable[[Any], list[str]] = _no_reasons
+    direct: str | None = None
     unavailable: Callable[[], str | None] = _always_there
     by_name_only: bool = False
 
     def load(self) -> Launcher:
-        module, _, function = self.launcher.partition(":")
-        launcher: Launcher = getattr(importlib.import_module(module), function)
-        return launcher
+        return _import(self.launcher)
+
+
+def _import(path: str) -> Launcher:
+    module, _, function = path.partition(":")
+    launcher: Launcher = getattr(importlib.import_module(module), function)
+    return launcher
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class KernelTable:
     spec: Callable[..., Any]
     kernels: Sequence[Kernel]
     launchers: dict[tuple[tuple[Any, ...], str], Launcher] = field(default_factory=dict, repr=False)
+    directs: dict[str, Launcher] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.kernels = sorted(self.kernels, key=lambda kernel: -kernel.priority)
@@ -103,6 +111,7 @@ class KernelTable:
     def forget(self) -> None:
         """Drops the cached choices (for tests that replace a launcher)."""
         self.launchers.clear()
+        self.directs.clear()
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,24 @@ def _first_select(table: KernelTable, facts: tuple[Any, ...], backend: str) -> L
     kernel = next(kernel for kernel in table.kernels if kernel.backend == choice.backend)
     launcher = table.launchers[facts, backend] = kernel.load()
     return launcher
+
+
+def _declines(call: tuple[Any, ...]) -> None:
+    return None
+
+
+def direct(table: KernelTable, backend: str = "") -> Launcher:
+    """The direct launcher of the best kernel that has one, or of `backend`; else one that declines every call."""
+    try:
+        return table.directs[backend]
+    except KeyError:
+        paths = [
+            kernel.direct
+            for kernel in table.kernels
+            if kernel.direct and kernel.backend == (backend or kernel.backend) and kernel.unavailable() is None
+        ]
+        launcher = table.directs[backend] = _import(paths[0]) if paths else _declines
+        return launcher
 
 
 def choose(table: KernelTable, facts: tuple[Any, ...], backend: str = "") -> Choice:

@@ -1,7 +1,9 @@
 """PyTorch's names that are private or moved between versions, gathered here alone."""
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +37,22 @@ def below_dispatcher(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and _functorch_level() is None
         and forward_ad._current_level < 0
     )
+
+
+# Tensors for C code: capsules with handles of PyTorch's stable C interface. Whoever gets a handle must delete it.
+_interface: Any = getattr(torch._C, "_aoti", None)
+tensor_handles: Any = getattr(_interface, "unsafe_alloc_void_ptrs_from_tensors", None)
+take_tensor: Any = getattr(_interface, "alloc_tensor_by_stealing_from_void_ptr", None)
+
+
+def stable_c_interface() -> ctypes.CDLL | None:
+    """The library with the functions aoti_torch_*; None where this PyTorch lacks them, or the two functions above."""
+    if tensor_handles is None or take_tensor is None:
+        return None
+    try:
+        return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    except OSError:
+        return None
 
 
 def register_autograd(

@@ -104,9 +104,10 @@ class Block(nn.Module):
 class GPTCache(KVCache):
     """The keys and values of the tokens so far, and the layers that computed them, made `lean`."""
 
-    def __init__(self, layers: list[Layers], **sizes: Any) -> None:
+    def __init__(self, layers: list[Layers], norm: Layer, **sizes: Any) -> None:
         super().__init__(layers=len(layers), **sizes)
         self.layers = [Layers(*map(lean, block)) for block in layers]
+        self.norm = lean(norm)
 
 
 class GPT(nn.Module):
@@ -157,13 +158,13 @@ class GPT(nn.Module):
             cache.advance(n)
         dropout_p = self.config.dropout if self.training else 0.0
         token_weight = self.tokens.weight
-        x = _dropped(embedding(tokens, token_weight) + self.positions.weight[start : start + n], dropout_p)
-        blocks = self._layers() if cache is None else cache.layers
+        x = _dropped(embedding(tokens, token_weight) + self.positions.weight.narrow(0, start, n), dropout_p)
+        blocks, norm = (self._layers(), self.norm) if cache is None else (cache.layers, cache.norm)
         for index, block in enumerate(blocks):
             x = self._block(x, block, index, cache, dropout_p)
         if last_only and n > 1:
             x = x[:, -1:]
-        return linear(self.norm(x), token_weight)
+        return linear(norm(x), token_weight)
 
     def _block(self, x: Tensor, block: Layers, index: int, cache: GPTCache | None, dropout_p: float) -> Tensor:
         """x (b, n, c) -> (b, n, c)."""
@@ -190,6 +191,7 @@ class GPT(nn.Module):
         weight = self.tokens.weight
         return GPTCache(
             self._layers(),
+            self.norm,
             batch=batch,
             capacity=self.config.context if capacity is None else capacity,
             heads=self.config.heads,

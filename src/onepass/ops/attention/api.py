@@ -111,7 +111,7 @@ def attention(
             deterministic,
             backend,
         )
-        out, lse = registration.attention_fwd(call)
+        out, lse = registration.attention_fwd(call, return_lse)
     except RuntimeError:
         _require_strided(
             q=q,

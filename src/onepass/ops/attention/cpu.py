@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,6 @@ from onepass.ops.attention.spec import Sizes, check_cache_contents
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ABSENT = (0, 0, 0, 0, 0)
 _NO_MASK = (0, 0, 0)
-# Up to so many queries a KV head the decode kernel is faster: it fills vectors with features, not with queries. It also
-# shares one head's keys among the threads: with fewer KV heads than threads the limit is as many times higher.
-_FEW_QUERIES = 8
 _FAR = 1 << 40  # windows are clamped here, so that index arithmetic cannot overflow
 
 # struct AttentionProblem, then the rest of each argument struct: q = int64_t or pointer, d = double.
@@ -24,6 +22,7 @@ _TENSOR = "5q"
 _FWD = struct.Struct(f"={_PROBLEM}{4 * _TENSOR}q")
 _BWD = struct.Struct(f"={_PROBLEM}{5 * _TENSOR}2q{3 * _TENSOR}")
 _DECODE = struct.Struct(f"={_PROBLEM}{4 * _TENSOR}3q")
+_DIRECT = struct.Struct("=6qd")
 _MERGE = struct.Struct("=11q")
 _MERGE_BWD = struct.Struct("=15q")
 
@@ -72,13 +71,48 @@ def forward(
         q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(),
         out.data_ptr(), *out.stride(), lse.data_ptr(),
     )  # fmt: skip
-    batch, seqlen_q, _, nheads_q, nheads_kv, _, _ = sizes
-    queries = seqlen_q * nheads_q * batch  # beside the same number of KV heads in all the batch
-    if queries <= _FEW_QUERIES * max(nheads_kv * batch, torch.get_num_threads()):
-        cpu_library.kernel("attention_decode")(_DECODE.pack(*arguments, 0, 0))
-    else:
-        cpu_library.kernel("attention_fwd")(_FWD.pack(*arguments))
+    cpu_library.kernel("attention_fwd")(_FWD.pack(*arguments))
     return out, lse
+
+
+def direct_forward(call: tuple[Any, ...]) -> Tensor | None:
+    """The output of a plain call (registry.direct); None for any other."""
+    (
+        q, k, v, attn_bias, alibi_slopes, attn_sink, key_mask, _, softmax_scale, left, right, bottom_right, softcap,
+        dropout_p, _, _,
+    ) = call  # fmt: skip
+    if (
+        attn_bias is not None
+        or alibi_slopes is not None
+        or attn_sink is not None
+        or key_mask is not None
+        or softcap != 0.0
+        or dropout_p != 0.0
+    ):
+        return None
+    arguments = _DIRECT.pack(torch.get_num_threads(), left, right, 0, bottom_right, 0, softmax_scale)
+    return cpu_library.direct_attention()([q, k, v], arguments)
+
+
+def direct_decode(call: tuple[Any, ...]) -> Tensor | None:
+    """The output of a plain call (registry.direct); None for any other."""
+    (
+        q, k_cache, v_cache, cache_seqlens, page_table, alibi_slopes, attn_sink, k_descale, v_descale, softmax_scale,
+        left, right, softcap, num_splits, need_lse, _,
+    ) = call  # fmt: skip
+    if (
+        need_lse
+        or page_table is not None
+        or alibi_slopes is not None
+        or attn_sink is not None
+        or k_descale is not None
+        or v_descale is not None
+        or softcap != 0.0
+    ):
+        return None
+    tensors = [q, k_cache, v_cache] if cache_seqlens is None else [q, k_cache, v_cache, cache_seqlens]
+    arguments = _DIRECT.pack(torch.get_num_threads(), left, right, 1, True, num_splits, softmax_scale)
+    return cpu_library.direct_attention()(tensors, arguments)
 
 
 def backward(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from onepass.core import torch_compat
-from onepass.core.registry import select
+from onepass.core.registry import direct, select
 from onepass.ops.attention import kernels, spec
 
 Tensors = tuple[Tensor, ...]
@@ -337,15 +337,20 @@ _register()
 # What api.py calls: through the dispatcher, or straight to the body when the dispatcher has nothing to add.
 
 
-def attention_fwd(call: tuple[Any, ...]) -> Tensors:
+def attention_fwd(call: tuple[Any, ...], need_lse: bool) -> tuple[Tensor, Tensor | None]:
     if call[3] is None and call[5] is None and torch_compat.below_dispatcher(call[0], call[1], call[2]):
-        return _forward(*call)
-    result: Tensors = _forward_op(*call)
-    return result
+        if not need_lse and (out := direct(kernels.FORWARD, call[-1])(call)) is not None:
+            return out, None
+        out, lse = _forward(*call)
+        return out, lse
+    out, lse = _forward_op(*call)
+    return out, lse
 
 
 def attention_decode(call: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     if call[6] is None and torch_compat.below_dispatcher(call[0], call[1], call[2]):
+        if (out := direct(kernels.DECODE, call[-1])(call)) is not None:
+            return out, None
         return _decode(*call)
     out, lse = _decode_op(*call)
     return out, lse

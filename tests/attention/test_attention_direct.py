@@ -1,0 +1,111 @@
+"""The short way of plain calls (csrc/direct.cpp): the bits of the ordinary way, and no call that is not its own."""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import onepass
+from onepass.core import cpu_library
+from onepass.ops.attention import cpu, kernels
+from onepass.ops.attention.inputs import CASES, AttentionCase, DecodeCase
+
+pytestmark = pytest.mark.skipif(
+    not cpu_library.has_direct_calls(), reason="this PyTorch lacks part of its stable C interface"
+)
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Whether each call that the direct launchers saw was taken."""
+    seen: list[bool] = []
+
+    def spy(launcher: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+        def run(call: tuple[Any, ...]) -> Tensor | None:
+            out = launcher(call)
+            seen.append(out is not None)
+            return out
+
+        return run
+
+    for table, name in ((kernels.FORWARD, "direct_forward"), (kernels.DECODE, "direct_decode")):
+        monkeypatch.setattr(cpu, name, spy(getattr(cpu, name)))
+        table.forget()
+    yield seen
+    monkeypatch.undo()
+    for table in (kernels.FORWARD, kernels.DECODE):
+        table.forget()
+
+
+def run(case: AttentionCase | DecodeCase, inputs: dict[str, Tensor], **more: Any) -> Any:
+    if isinstance(case, DecodeCase):
+        caches = inputs["k_cache"], inputs["v_cache"]
+        return onepass.attention_decode(inputs["q"], *caches, **case.options(inputs), **more)
+    return onepass.attention(inputs["q"], inputs["k"], inputs["v"], **case.options(inputs), **more)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if isinstance(case, AttentionCase | DecodeCase)], ids=lambda case: case.name
+)
+def test_the_direct_way_gives_the_bits_of_the_ordinary_way(
+    case: AttentionCase | DecodeCase, dtype: torch.dtype, answers: list[bool]
+) -> None:
+    inputs = case.inputs(dtype, "cpu", torch.Generator().manual_seed(1))
+    if "cpu" not in case.backends(inputs):
+        pytest.skip("the cpu backend does not do this case")
+    out, _ = run(case, inputs, return_lse=True)
+    assert answers in ([], [False])  # attention does not ask when lse is wanted, attention_decode is declined
+    answers.clear()
+    direct = run(case, inputs)
+    assert answers == ["key_mask" not in inputs]
+    assert torch.equal(direct, out)
+    assert (direct.stride(), direct.dtype) == (out.stride(), out.dtype)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"k": torch.zeros(2, 9, 2, 16)},  # dtype
+        {"k": torch.zeros(2, 9, 2, 8).double()},  # head_dim
+        {"v": torch.zeros(2, 8, 2, 16).double()},  # seqlen
+        {"q": torch.zeros(2, 9, 3, 16).double()},  # heads that do not divide
+        {"q": torch.zeros(2, 9, 2, 16, device="meta")},
+        {"q": torch.zeros(9, 2, 16)},
+        {"v": torch.zeros(2, 9, 2, 16).double().to_sparse()},
+        {},  # fp64
+    ],
+)
+def test_what_is_not_plain_goes_the_ordinary_way(change: dict[str, Tensor], answers: list[bool]) -> None:
+    inputs = {name: torch.zeros(2, 9, 2, 16).double() for name in "qkv"} | change
+    with pytest.raises((ValueError, TypeError, onepass.UnsupportedError, RuntimeError)):
+        onepass.attention(inputs["q"], inputs["k"], inputs["v"])
+    assert not any(answers)
+
+
+def test_a_length_past_the_cache_is_declined_and_explained(answers: list[bool]) -> None:
+    q, cache = torch.zeros(2, 1, 2, 16), torch.zeros(2, 5, 2, 16)
+    with pytest.raises(ValueError, match=r"cache_seqlens\[1\] is 6"):
+        onepass.attention_decode(q, cache, cache, cache_seqlens=torch.tensor([5, 6], dtype=torch.int32))
+    assert answers == [False]
+
+
+def test_another_backend_is_not_asked(answers: list[bool]) -> None:
+    q = torch.zeros(1, 3, 2, 16)
+    onepass.attention(q, q, q, backend="reference")
+    with onepass.use_backend("reference"):
+        onepass.attention(q, q, q)
+    assert answers == []
+
+
+def test_handles_do_not_leak() -> None:
+    q, k = torch.zeros(1, 1, 2, 16), torch.zeros(1, 70, 2, 16)
+    lengths = torch.tensor([7], dtype=torch.int32)
+    use_counts = [x._use_count() for x in (q, k, lengths)]
+    for wanted in (lengths, None, torch.tensor([71], dtype=torch.int32)):
+        with suppress(ValueError):  # the last is past the cache
+            onepass.attention_decode(q, k, k, cache_seqlens=wanted)
+    onepass.attention(q, k, k)
+    assert [x._use_count() for x in (q, k, lengths)] == use_counts
