@@ -1,39 +1,52 @@
 // Attention of one to a few queries on a cache of keys and values. Every key and value is read once for all the queries and
 // heads that share it, so the kernel runs at the speed of memory. Keys are cut into splits to keep all cores busy; each
 // split leaves an unnormalised output with its m and l, and the parts are merged at the end (Flash-Decoding, Dao et al. 2023).
-// A thread goes through the keys of a split once, all heads side by side: in a (batch, seqlen, nheads, head_dim) cache they
-// lie in the same pages of memory.
+// A thread goes through the keys of a split once, all heads side by side, a strip of keys after the other: in a (batch, seqlen,
+// nheads, head_dim) cache a strip is one stretch of memory, and only memory that is read in order comes at full speed.
 //
 // Here features lie in the vector lanes: there are too few queries to fill them.
 #include <cmath>
+#include <type_traits>
 
 #include "attention_tile.h"
 #include "workspace.h"
 
 namespace {
 
-constexpr int64_t CHUNK = 128;     // keys whose scores are held at a time
-constexpr int64_t MIN_SPLIT = 64;  // fewer keys are not worth a split of their own
-constexpr int PREFETCH = 8;         // keys ahead
+constexpr int64_t CHUNK = 128;       // keys whose scores are held at a time
+constexpr int64_t MIN_SPLIT = 64;    // fewer keys are not worth a split of their own
+constexpr int64_t STRIP = 32 << 10;  // bytes of keys, or of values, that all heads go through before the next of them
+
+// What is read next, fetched into the second-level cache meanwhile: one row of it for each key, in the order of addresses.
+template <class T>
+struct Ahead {
+  const T* rows;
+  int64_t stride;
+  Ahead from(int64_t feature) const { return {rows + feature, stride}; }
+  void fetch(int64_t key, int64_t feature) const { __builtin_prefetch(rows + key * stride + feature, 0, 2); }
+};
 
 // How features are multiplied: elements of T widened to fp32, or pairs of bf16 as they are.
 template <class T>
 struct Widened {
   typedef float Query;
   static constexpr int STEP = 1;
-  ONEPASS_INLINE vf dot(vf acc, const T* key, const float* query) { return acc + load(key) * load(query); }
+  ONEPASS_INLINE vf key(const T* row) { return load(row); }
+  ONEPASS_INLINE vf dot(vf acc, vf key, const float* query) { return acc + key * load(query); }
 };
 #if ONEPASS_BF16_DOT
 struct Paired {
   typedef bf16 Query;
   static constexpr int STEP = 2;
-  ONEPASS_INLINE vf dot(vf acc, const bf16* key, const bf16* query) {
-    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)load_words(key), (__m512bh)load_words(query));
+  ONEPASS_INLINE __m512bh key(const bf16* row) { return (__m512bh)load_words(row); }
+  ONEPASS_INLINE vf dot(vf acc, __m512bh key, const bf16* query) {
+    return (vf)_mm512_dpbf16_ps((__m512)acc, key, (__m512bh)load_words(query));
   }
 };
 #endif
 
 typedef float f4 __attribute__((vector_size(16)));
+typedef float f4u __attribute__((vector_size(16), aligned(4), may_alias));
 
 // The sums of four vectors.
 ONEPASS_INLINE f4 sum_each(vf a, vf b, vf c, vf d) {
@@ -55,29 +68,33 @@ ONEPASS_INLINE f4 sum_each(vf a, vf b, vf c, vf d) {
 #endif
 }
 
-// Four scores at a time: R queries by 4 / R keys. S[r * CHUNK + j] = query r . key j.
+// The most queries that are worked on at once, with four keys (scores) or four vectors of features (values) each.
+constexpr int QUERIES = VW == 16 ? 4 : 2;
+
+// S[r * CHUNK + j] = query r . key j for R queries, four keys at a time.
 template <class Features, int R, class T>
-ONEPASS_INLINE void score_keys(float* S, const T* k, int64_t stride, int64_t keys, const typename Features::Query* q, int64_t depth) {
-  constexpr int KEYS = 4 / R;
+ONEPASS_INLINE void score_keys(float* S, const T* k, int64_t stride, int64_t keys, const typename Features::Query* q, int64_t depth,
+                               Ahead<T> ahead) {
   int64_t j = 0;
-  for (; j + KEYS <= keys; j += KEYS) {
-    vf acc[4] = {};
+  for (; j + 4 <= keys; j += 4) {
+    vf acc[R][4] = {};
     const T* row = k + j * stride;
-    for (int64_t d = 0; d < depth; d += VW * Features::STEP) {
+    for (int64_t d = 0; d < depth; d += VW * Features::STEP)
 #pragma GCC unroll 4
-      for (int x = 0; x < KEYS; x++) __builtin_prefetch(row + (x + PREFETCH) * stride + d);
+      for (int x = 0; x < 4; x++) {
+        ahead.fetch(j + x, d);
+        const auto key = Features::key(row + x * stride + d);
 #pragma GCC unroll 4
-      for (int x = 0; x < 4; x++) acc[x] = Features::dot(acc[x], row + x / R * stride + d, q + x % R * depth + d);
-    }
-    const f4 sums = sum_each(acc[0], acc[1], acc[2], acc[3]);
+        for (int r = 0; r < R; r++) acc[r][x] = Features::dot(acc[r][x], key, q + r * depth + d);
+      }
 #pragma GCC unroll 4
-    for (int x = 0; x < 4; x++) S[x % R * CHUNK + j + x / R] = sums[x];
+    for (int r = 0; r < R; r++) *(f4u*)(S + r * CHUNK + j) = sum_each(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
   }
   for (; j < keys; j++)
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       vf acc = {};
-      for (int64_t d = 0; d < depth; d += VW * Features::STEP) acc = Features::dot(acc, k + j * stride + d, q + r * depth + d);
+      for (int64_t d = 0; d < depth; d += VW * Features::STEP) acc = Features::dot(acc, Features::key(k + j * stride + d), q + r * depth + d);
       S[r * CHUNK + j] = horizontal_sum(acc);
     }
 }
@@ -86,13 +103,15 @@ ONEPASS_INLINE void score_keys(float* S, const T* k, int64_t stride, int64_t key
 // With few accumulators several keys are summed apart, so that the sums do not wait for each other.
 template <int R, int N, class T>
 ONEPASS_INLINE void add_values(Widened<T>, float* O, int64_t ld, const T* v, int64_t stride, int64_t keys, const float* P,
-                               const float* rescale) {
+                               const float* rescale, Ahead<T> ahead) {
   constexpr int APART = R * N <= 4 ? 4 : R * N <= 8 ? 2 : 1;
+  constexpr int LINE = 64 / (int)sizeof(T) / VW;  // vectors in a cache line
   vf acc[APART][R][N] = {};
   int64_t j = 0;
   const auto add_key = [&](int64_t key, int x) __attribute__((always_inline)) {
     vf value[N];
-    __builtin_prefetch(v + (key + PREFETCH) * stride);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n += LINE) ahead.fetch(key, n * VW);
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) value[n] = load(v + key * stride + n * VW);
 #pragma GCC unroll 4
@@ -117,7 +136,7 @@ ONEPASS_INLINE void add_values(Widened<T>, float* O, int64_t ld, const T* v, int
 #if ONEPASS_BF16_DOT
 template <int R, int N>
 ONEPASS_INLINE void add_values(Paired, float* O, int64_t ld, const bf16* v, int64_t stride, int64_t keys, const bf16* P,
-                               const float* rescale) {
+                               const float* rescale, Ahead<bf16> ahead) {
   vf acc[R][N];
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++)
@@ -126,8 +145,8 @@ ONEPASS_INLINE void add_values(Paired, float* O, int64_t ld, const bf16* v, int6
   for (int64_t j = 0; j < keys; j += 2) {
     __m512bh value[N];
     const bf16 *first = v + j * stride, *second = first + stride;
-    __builtin_prefetch(first + PREFETCH * stride);
-    __builtin_prefetch(second + PREFETCH * stride);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n += 2) ahead.fetch(j, n * VW), ahead.fetch(j + 1, n * VW);
 #pragma GCC unroll 8
     for (int n = 0; n < N; n += 2) {
       const __m512i a = load_words(first + n * VW), b = j + 1 < keys ? load_words(second + n * VW) : _mm512_setzero_si512();
@@ -159,6 +178,7 @@ struct Decode {
   int64_t rows;             // queries that share a KV head: seqlen_q * group, the group running fastest
   int64_t longest;          // keys of the longest sequence
   int64_t splits, groups;   // of the keys, and of the KV heads
+  int64_t strip;            // keys that all heads go through before the next of them
   bool k_in_place, v_in_place;
   // Parts: (batch, nheads_kv, splits, rows), each an output of depth_v, m and l.
   float *part_out, *part_m, *part_l;
@@ -184,6 +204,8 @@ struct Decode {
     splits = max_of(1, splits);
     // Too few keys for every thread: the heads are shared out as well.
     groups = max_of(1, min_of(p.nheads_kv, p.num_threads / max_of(1, p.batch * splits)));
+    const int64_t token = p.nheads_kv / groups * max_of(p.head_dim, p.head_dim_v) * (int64_t)sizeof(T);
+    strip = min_of(CHUNK, max_of(4, STRIP / token / 4 * 4));
   }
 
   int64_t parts() const { return p.batch * p.nheads_kv * splits * rows; }
@@ -196,11 +218,11 @@ struct Decode {
   Scratch take_scratch(Workspace& w) const {
     Scratch t;
     t.q = w.take<Query>(p.nheads_kv * rows * depth);
-    t.P = w.take<Query>(4 * CHUNK);
-    t.S = w.take<float>(4 * CHUNK);
-    t.rescale = w.take<float>(4);
-    t.K = k_in_place ? nullptr : w.take<T>(CHUNK * depth);
-    t.V = v_in_place ? nullptr : w.take<T>(CHUNK * depth_v);
+    t.P = w.take<Query>(p.nheads_kv * rows * CHUNK);
+    t.S = w.take<float>(p.nheads_kv * rows * CHUNK);
+    t.rescale = w.take<float>(p.nheads_kv * rows);
+    t.K = k_in_place ? nullptr : w.take<T>(strip * depth);
+    t.V = v_in_place ? nullptr : w.take<T>(strip * depth_v);
     return t;
   }
 
@@ -260,46 +282,74 @@ struct Decode {
     *m = m_new;
   }
 
-  template <int R>
-  __attribute__((always_inline)) void attend_rows(Scratch& t, const AttentionProblem& s, const Query* q, int64_t r0, int64_t j0, int64_t keys, const T* k,
-                                                  int64_t stride_k, const T* v, int64_t stride_v, KeyMask mask, int64_t part) const {
-    const float scale = (float)p.softmax_scale;
-    score_keys<Features, R>(t.S, k, stride_k, keys, q + r0 * depth, depth);
-    const int64_t group = p.nheads_q / p.nheads_kv;
-    for (int r = 0; r < R; r++) {
-      const int64_t i = (r0 + r) / group;
-      softmax_row(t.S + r * CHUNK, t.P + r * CHUNK, keys, first_key(s, i) - j0, end_key(s, i) - j0, mask, scale, part_m + part + r0 + r,
-                  part_l + part + r0 + r, t.rescale + r);
-    }
-    float* O = part_out + (part + r0) * depth_v;
-    int64_t d = 0;
-    for (; d + 4 * VW <= depth_v; d += 4 * VW) add_values<R, 4>(Features{}, O + d, depth_v, v + d, stride_v, keys, t.P, t.rescale);
-    for (; d + 2 * VW <= depth_v; d += 2 * VW) add_values<R, 2>(Features{}, O + d, depth_v, v + d, stride_v, keys, t.P, t.rescale);
-    if constexpr (Features::STEP == 1)
-      for (; d < depth_v; d += VW) add_values<R, 1>(Features{}, O + d, depth_v, v + d, stride_v, keys, t.P, t.rescale);
+  // Where the rows of a strip's keys begin for one head, copied unless they can be read in place.
+  struct Rows {
+    const T* data;
+    int64_t stride;
+  };
+  Rows rows_of(const Tensor4& x, bool in_place, T* copy, int64_t ld, int64_t features, int64_t b, int64_t h_kv, int64_t j0, int64_t keys) const {
+    const T* data = (const T*)x.data + b * x.stride_b + h_kv * x.stride_h + j0 * x.stride_s;
+    if (in_place) return {data, x.stride_s};
+    copy_rows(copy, ld, data, x, keys, features, key_mask_of(p, b).from(j0));
+    return {copy, ld};
   }
 
-  // The keys j0 to j0 + keys of one KV head.
-  void attend_chunk(Scratch& t, const AttentionProblem& s, int64_t b, int64_t h_kv, int64_t part, int64_t j0, int64_t keys) const {
-    const KeyMask mask = key_mask_of(p, b).from(j0);
-    const T* k = (const T*)a.k.data + b * a.k.stride_b + h_kv * a.k.stride_h + j0 * a.k.stride_s;
-    const T* v = (const T*)a.v.data + b * a.v.stride_b + h_kv * a.v.stride_h + j0 * a.v.stride_s;
-    int64_t stride_k = a.k.stride_s, stride_v = a.v.stride_s;
-    if (!k_in_place) {
-      copy_rows(t.K, depth, k, a.k, keys, p.head_dim, mask);
-      k = t.K;
-      stride_k = depth;
-    }
-    if (!v_in_place) {
-      copy_rows(t.V, depth_v, v, a.v, keys, p.head_dim_v, mask);
-      v = t.V;
-      stride_v = depth_v;
-    }
-    const Query* q = t.q + h_kv * rows * depth;
+  // What one head's share of a strip fetches of the strip after the next. In a (batch, seqlen, nheads, head_dim) cache the strip of all heads is
+  // one stretch of memory, and each head's share a stretch of that.
+  Ahead<T> strip_after_next(const Tensor4& x, int64_t features, int64_t b, int64_t h_kv, int64_t j0) const {
+    const T* next = (const T*)x.data + b * x.stride_b + (j0 + 2 * strip) * x.stride_s;
+    const bool together = groups == 1 && x.stride_h == features && x.stride_s == p.nheads_kv * features;
+    if (together) return {next + h_kv * strip * features, features};
+    return {next + h_kv * x.stride_h, x.stride_s};
+  }
+
+  // Calls f(R, r) with a constant R for rows r to r + R, until all are done.
+  template <class F>
+  __attribute__((always_inline)) void for_rows(const F& f) const {
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) attend_rows<4>(t, s, q, r, j0, keys, k, stride_k, v, stride_v, mask, part);
-    for (; r + 2 <= rows; r += 2) attend_rows<2>(t, s, q, r, j0, keys, k, stride_k, v, stride_v, mask, part);
-    for (; r < rows; r++) attend_rows<1>(t, s, q, r, j0, keys, k, stride_k, v, stride_v, mask, part);
+    if constexpr (QUERIES == 4)
+      for (; r + 4 <= rows; r += 4) f(std::integral_constant<int, 4>{}, r);
+    for (; r + 2 <= rows; r += 2) f(std::integral_constant<int, 2>{}, r);
+    for (; r < rows; r++) f(std::integral_constant<int, 1>{}, r);
+  }
+
+  // Scores of one head's rows with the keys j0 to j0 + keys, which are the keys `at` and after of the chunk.
+  void score_strip(Scratch& t, int64_t b, int64_t h_kv, int64_t j0, int64_t at, int64_t keys) const {
+    const Rows k = rows_of(a.k, k_in_place, t.K, depth, p.head_dim, b, h_kv, j0, keys);
+    const Ahead<T> ahead = strip_after_next(a.k, p.head_dim, b, h_kv, j0);
+    for_rows([&](auto R, int64_t r) __attribute__((always_inline)) {
+      const int64_t row = h_kv * rows + r;
+      score_keys<Features, R>(t.S + row * CHUNK + at, k.data, k.stride, keys, t.q + row * depth, depth, ahead);
+    });
+  }
+
+  void softmax_chunk(Scratch& t, const AttentionProblem& s, int64_t b, int64_t h_kv, int64_t part, int64_t j0, int64_t keys) const {
+    const int64_t group = p.nheads_q / p.nheads_kv;
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t row = h_kv * rows + r, i = r / group;
+      softmax_row(t.S + row * CHUNK, t.P + row * CHUNK, keys, first_key(s, i) - j0, end_key(s, i) - j0, key_mask_of(p, b).from(j0),
+                  (float)p.softmax_scale, part_m + part + r, part_l + part + r, t.rescale + row);
+    }
+  }
+
+  void add_strip(Scratch& t, int64_t b, int64_t h_kv, int64_t part, int64_t j0, int64_t at, int64_t keys) const {
+    static constexpr float unchanged[4] = {1.f, 1.f, 1.f, 1.f};
+    const Rows v = rows_of(a.v, v_in_place, t.V, depth_v, p.head_dim_v, b, h_kv, j0, keys);
+    const Ahead<T> ahead = strip_after_next(a.v, p.head_dim_v, b, h_kv, j0);
+    for_rows([&](auto R, int64_t r) __attribute__((always_inline)) {
+      const int64_t row = h_kv * rows + r;
+      const Query* P = t.P + row * CHUNK + at;
+      const float* rescale = at == 0 ? t.rescale + row : unchanged;
+      float* O = part_out + (part + r) * depth_v;
+      const auto add = [&](auto N, int64_t d) __attribute__((always_inline)) {
+        add_values<R, N>(Features{}, O + d, depth_v, v.data + d, v.stride, keys, P, rescale, ahead.from(d));
+      };
+      int64_t d = 0;
+      for (; d + 4 * VW <= depth_v; d += 4 * VW) add(std::integral_constant<int, 4>{}, d);
+      for (; d + 2 * VW <= depth_v; d += 2 * VW) add(std::integral_constant<int, 2>{}, d);
+      if constexpr (Features::STEP == 1)
+        for (; d < depth_v; d += VW) add(std::integral_constant<int, 1>{}, d);
+    });
   }
 
   // One split of the keys, for one group of the KV heads.
@@ -320,8 +370,14 @@ struct Decode {
     const int64_t j_begin = begin + split * split_keys, j_end = min_of(end, j_begin + split_keys);
     if (j_begin >= j_end) return;
     for (int64_t h_kv = h_begin; h_kv < h_end; h_kv++) pack_queries(t.q + h_kv * rows * depth, b, h_kv);
-    for (int64_t j0 = j_begin; j0 < j_end; j0 += CHUNK)
-      for (int64_t h_kv = h_begin; h_kv < h_end; h_kv++) attend_chunk(t, s, b, h_kv, part_of(h_kv), j0, min_of(CHUNK, j_end - j0));
+    for (int64_t j0 = j_begin; j0 < j_end; j0 += CHUNK) {
+      const int64_t keys = min_of(CHUNK, j_end - j0);
+      for (int64_t at = 0; at < keys; at += strip)
+        for (int64_t h_kv = h_begin; h_kv < h_end; h_kv++) score_strip(t, b, h_kv, j0 + at, at, min_of(strip, keys - at));
+      for (int64_t h_kv = h_begin; h_kv < h_end; h_kv++) softmax_chunk(t, s, b, h_kv, part_of(h_kv), j0, keys);
+      for (int64_t at = 0; at < keys; at += strip)
+        for (int64_t h_kv = h_begin; h_kv < h_end; h_kv++) add_strip(t, b, h_kv, part_of(h_kv), j0 + at, at, min_of(strip, keys - at));
+    }
   }
 
   // Merges the splits of one row and normalises it.
