@@ -11,10 +11,20 @@ from typing import Any
 from onepass.core.errors import UnsupportedError
 from onepass.core.registry import explain, use_backend
 from onepass.ops.attention.api import attention, attention_decode, merge_attention
+from onepass.ops.norm.api import layer_norm, rms_norm
 
 __version__ = "0.1.0"
 
-__all__ = ["UnsupportedError", "attention", "attention_decode", "explain", "merge_attention", "use_backend"]
+__all__ = [
+    "UnsupportedError",
+    "attention",
+    "attention_decode",
+    "explain",
+    "layer_norm",
+    "merge_attention",
+    "rms_norm",
+    "use_backend",
+]
 
 _SUBPACKAGES = ("lab", "nn")
 

@@ -28,6 +28,13 @@ def require_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def require_tensors(**values: Any) -> None:
+    """Each a tensor, or None where it was not given."""
+    for name, value in values.items():
+        if value is not None:
+            require_tensor(name, value)
+
+
 def require_strided(name: str, tensor: Tensor) -> None:
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"layout {str(tensor.layout).removeprefix('torch.')}"

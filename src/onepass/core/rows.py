@@ -1,0 +1,28 @@
+"""Tensors as rows: what row-wise operations see of an input with any number of leading dimensions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`x` as (rows, columns) with adjacent columns and one stride between rows.
+
+    A view wherever the strides allow it: contiguous tensors, slices of the last dimension, (b, s, h, d) slices of a fused
+    projection when h or s is whole. Other strides (a transposed view, an expanded row) are copied first.
+    """
+    columns = x.shape[-1]
+    if x.is_contiguous():
+        return x.view(-1, columns) if columns else x.reshape(x.numel(), 0)
+    if x.stride(-1) == 1 or columns == 1:
+        try:
+            return x.view(-1, columns)
+        except RuntimeError:
+            pass
+    return x.contiguous().view(-1, columns)
+
+
+def empty_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialised value for each row: x's shape without its last dimension."""
+    return torch.empty(x.shape[:-1], dtype=dtype, device=x.device)
