@@ -83,7 +83,7 @@ def _refuses_gradient(message: str) -> Any:
 def _refuses_vmap(public: str) -> Any:
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
         raise NotImplementedError(
-            f"torch.vmap over onepass.{public} is not supported: make the mapped dimension one of its leading dimensions"
+            f"torch.vmap over onepass.{public} is not supported: make the mapped dimension a leading dimension of x"
         )
 
     return vmap

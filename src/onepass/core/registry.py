@@ -30,11 +30,13 @@ class Kernel:
     """One row of a table.
 
     `unsupported(spec)` gives the reasons for which the kernel cannot do a call, whatever the machine; `unavailable()`
-    says why it cannot run on this machine; `slow(spec)` what it does, but slowly. The documentation shows what it can on
-    the architecture `shown_on`. `launcher` is the import path
-    "module:function"; the module is imported when the kernel is first chosen. `direct`, where there is one, is the path
-    of a launcher that takes the operation's arguments as one tuple before anything has been checked: it does a plain,
-    valid call on its own device and returns None for any other, which then goes the ordinary way.
+    says why it cannot run on this machine; `slow(spec)` what it does, but slowly. The documentation shows what it does
+    on the architecture `shown_on`.
+
+    `launcher` is the import path "module:function"; the module is imported when the kernel is first chosen. `direct`,
+    where there is one, is the path of a launcher that takes the operation's arguments as one tuple before anything has
+    been checked: it does a plain, valid call on its own device and returns None for any other, which then goes the
+    ordinary way.
     """
 
     backend: str

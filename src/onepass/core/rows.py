@@ -9,8 +9,8 @@ from torch import Tensor
 def as_rows(x: Tensor) -> Tensor:
     """`x` as (rows, columns) with adjacent columns and one stride between rows.
 
-    A view wherever the strides allow it: contiguous tensors, slices of the last dimension, (b, s, h, d) slices of a fused
-    projection when h or s is whole. Other strides (a transposed view, an expanded row) are copied first.
+    A view wherever the strides allow it: contiguous tensors, slices of the last dimension, slices of a projection.
+    Other strides (a transposed view, an expanded row) are copied first.
     """
     columns = x.shape[-1]
     if x.is_contiguous():

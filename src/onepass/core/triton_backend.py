@@ -66,8 +66,8 @@ class Launcher:
         _kernel = Launcher(_norm_fwd_kernel, ("BLOCK_ROWS", "BLOCK_COLS"))
         _kernel((programs, 1, 1), x.device, arguments, {"BLOCK_ROWS": 1, "BLOCK_COLS": 4096}, num_warps=8)
 
-    `arguments` are those before the constexprs, in order: tensors (or None), ints and floats. Triton specialises a kernel
-    on dtypes, on pointers divisible by 16, and on ints that are 1 or divisible by 16; so does the key here.
+    `arguments` are those before the constexprs, in order: tensors (or None), ints and floats. Triton specialises a
+    kernel on dtypes, on pointers divisible by 16, and on ints that are 1 or divisible by 16; so does the key here.
     """
 
     def __init__(self, kernel: Any) -> None:

@@ -10,8 +10,10 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype, device: str, generator: t
 
 
 def strided(x: Tensor, layout: str) -> Tensor:
-    """x's numbers in other strides: "contiguous", "sliced" (gaps between rows), "transposed" (the first two dimensions),
-    "strided" (gaps between columns), or "expanded" (every row of the first dimension is the first).
+    """x's numbers in other strides.
+
+    "contiguous", "sliced" (gaps between rows), "transposed" (the first two dimensions), "strided" (gaps between
+    columns), or "expanded" (what the first dimension holds is its first entry throughout).
     """
     if layout == "sliced":
         wide = torch.zeros((*x.shape[:-1], x.shape[-1] + 7), dtype=x.dtype, device=x.device)

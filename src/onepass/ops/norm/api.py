@@ -36,8 +36,8 @@ def rms_norm(
         backend: a backend's name, which then never falls back; None chooses.
 
     Returns:
-        y in x's shape and dtype, contiguous; with a residual the pair (y, residual_out). Statistics are fp32. All inputs
-        are differentiable, deterministically.
+        y in x's shape and dtype, contiguous; with a residual the pair (y, residual_out). Statistics are fp32. All
+        inputs are differentiable, deterministically.
 
     Raises:
         ValueError: shapes, devices or options contradict. TypeError: a wrong dtype or type.

@@ -88,9 +88,8 @@ def backward_facts(
             or not tensor.dtype.is_floating_point
             or (dtype is not None and tensor.dtype is not dtype)
         ):
-            raise ValueError(
-                f"{name} must be {dtype or 'floating point'} {tuple(sizes)} on {x.device}, got {checks.describe(tensor)}"
-            )
+            expected = f"{dtype or 'floating point'} {tuple(sizes)} on {x.device}"
+            raise ValueError(f"{name} must be {expected}, got {checks.describe(tensor)}")
     return facts
 
 
