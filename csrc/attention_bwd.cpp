@@ -142,14 +142,13 @@ ONEPASS_INLINE void store_tile_rows(float* P, float* dS, float*, int64_t j, int 
 }
 #if ONEPASS_BF16_DOT
 ONEPASS_INLINE void store_tile_rows(bf16* P, bf16* dS, bf16* dS_pairs, int64_t j, int n, const vf (&p)[2], const vf (&ds)[2]) {
-  const __m512i ph = (__m512i)_mm512_cvtne2ps_pbh((__m512)p[1], (__m512)p[0]);
   const __m512i dh = (__m512i)_mm512_cvtne2ps_pbh((__m512)ds[1], (__m512)ds[0]);
   bf16 *p_row = P + j * BLOCK_Q + n * VW, *d_row = dS + j * BLOCK_Q + n * VW;
-  _mm256_storeu_si256((__m256i*)p_row, _mm512_castsi512_si256(ph));
-  _mm256_storeu_si256((__m256i*)(p_row + BLOCK_Q), _mm512_extracti64x4_epi64(ph, 1));
+  store(p_row, p[0]);
+  store(p_row + BLOCK_Q, p[1]);
   _mm256_storeu_si256((__m256i*)d_row, _mm512_castsi512_si256(dh));
   _mm256_storeu_si256((__m256i*)(d_row + BLOCK_Q), _mm512_extracti64x4_epi64(dh, 1));
-  store_words(dS_pairs + (j / 2 * BLOCK_Q + n * VW) * 2, pair_low(dh, _mm512_shuffle_i64x2(dh, dh, 0xee)));
+  store_words(dS_pairs + (j / 2 * BLOCK_Q + n * VW) * 2, pair_halves(dh));
 }
 #endif
 

@@ -45,7 +45,7 @@ ONEPASS_INLINE void store_weights(bf16* P, int64_t j, int n, const vf (&p)[4]) {
 #pragma GCC unroll 2
   for (int x = 0; x < 4; x += 2) {
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)p[x + 1], (__m512)p[x]);
-    store_words(P + ((j + x) / 2 * BLOCK_Q + n * VW) * 2, pair_low(halves, _mm512_shuffle_i64x2(halves, halves, 0xee)));
+    store_words(P + ((j + x) / 2 * BLOCK_Q + n * VW) * 2, pair_halves(halves));
   }
 }
 #endif

@@ -162,6 +162,10 @@ ONEPASS_INLINE void pack_rows(float* dst, int64_t ld, int64_t padded_rows, const
 #if ONEPASS_BF16_DOT
 ONEPASS_INLINE __m512i load_words(const bf16* p) { return _mm512_loadu_si512(p); }
 ONEPASS_INLINE void store_words(bf16* p, __m512i v) { _mm512_storeu_si512(p, v); }
+// The first `count` of 32, then zeros; nothing past them is touched.
+ONEPASS_INLINE __m512i load_words(const bf16* p, int64_t count) {
+  return count >= 2 * VW ? load_words(p) : _mm512_maskz_loadu_epi16(((__mmask32)1 << count) - 1, p);
+}
 
 // (a0 b0 a1 b1 ...) of the lower and of the upper 16 of 32 bf16.
 ONEPASS_INLINE __m512i pair_low(__m512i a, __m512i b) {
@@ -175,6 +179,13 @@ ONEPASS_INLINE __m512i pair_high(__m512i a, __m512i b) {
   return _mm512_permutex2var_epi16(a, index, b);
 }
 
+// (a0 b0 a1 b1 ...) of the 32 bf16 a0 ... a15 b0 ... b15.
+ONEPASS_INLINE __m512i pair_halves(__m512i a_then_b) {
+  const __m512i index = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(index, a_then_b);
+}
+
 // dst[d / 2][i][d % 2] = src[i][d] * sign for i < rows, 0 up to whole vectors; an odd depth is padded with zeros. sign
 // is 1, -1 or 0.
 ONEPASS_INLINE void pack_transposed(bf16* dst, const bf16* src, int64_t stride_s, int64_t stride_d, int64_t rows, int64_t depth,
@@ -183,14 +194,17 @@ ONEPASS_INLINE void pack_transposed(bf16* dst, const bf16* src, int64_t stride_s
   for (int64_t i = 0; i < rows; i += VW) {
     int64_t d = 0;
     if (stride_d == 1 && sign != 0)
-      for (; d + 2 * VW <= depth; d += 2 * VW) {
+      for (; d < depth; d += 2 * VW) {
         vf block[VW];
 #pragma GCC unroll 16
-        for (int x = 0; x < VW; x++)
-          block[x] = i + x < rows ? (vf)_mm512_xor_si512(load_words(src + (i + x) * stride_s + d), flip) : (vf){};
+        for (int x = 0; x < VW; x++) {
+          const bf16* from = src + (i + x) * stride_s + d;
+          block[x] = i + x < rows ? (vf)_mm512_xor_si512(load_words(from, depth - d), flip) : (vf){};
+        }
         transpose(block);
 #pragma GCC unroll 16
-        for (int x = 0; x < VW; x++) store_words(dst + ((d / 2 + x) * BLOCK_Q + i) * 2, (__m512i)block[x]);
+        for (int x = 0; x < VW; x++)
+          if (d + 2 * x < depth) store_words(dst + ((d / 2 + x) * BLOCK_Q + i) * 2, (__m512i)block[x]);
       }
     for (; d < round_up(depth, 2); d++)
       for (int x = 0; x < VW; x++) {
@@ -219,12 +233,22 @@ ONEPASS_INLINE void pack_row_pairs(bf16* dst, int64_t ld, const bf16* src, int64
     const bool first = mask.sees(r), second = r + 1 < rows && mask.sees(r + 1);
     bf16* out = dst + r * ld;
     int64_t d = 0;
-    if (stride_d == 1)
+    if (stride_d == 1) {
       for (; d + 2 * VW <= depth; d += 2 * VW) {
         const __m512i low = first ? load_words(a + d) : zero, high = second ? load_words(b + d) : zero;
         store_words(out + 2 * d, pair_low(low, high));
         store_words(out + 2 * d + 2 * VW, pair_high(low, high));
       }
+      if (d < depth) {
+        const __m512i low = first ? load_words(a + d, depth - d) : zero;
+        const __m512i high = second ? load_words(b + d, depth - d) : zero;
+        bf16 pairs[4 * VW];
+        store_words(pairs, pair_low(low, high));
+        store_words(pairs + 2 * VW, pair_high(low, high));
+        memcpy(out + 2 * d, pairs, sizeof(bf16) * 2 * (size_t)min_of(2 * VW, ld - d));
+        d += 2 * VW;
+      }
+    }
     for (; d < ld; d++) {
       out[2 * d] = first && d < depth ? a[d * stride_d] : bf16{0};
       out[2 * d + 1] = second && d < depth ? b[d * stride_d] : bf16{0};
