@@ -256,7 +256,9 @@ def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Te
     if do is None:
         do = torch.zeros_like(out)
     needs = (need_q, need_k or need_v, need_bias, need_sink)
-    dq, dk, dv, dbias, dsink = _backward_op(do, dlse, q, k, v, out, lse, *optional, *options, *needs, backend)
+    call = (do, dlse, q, k, v, out, lse, *optional, *options, *needs, backend)
+    plain = dlse is None and torch_compat.below_dispatcher(q, k, v) and torch_compat.below_dispatcher(do, out, lse)
+    dq, dk, dv, dbias, dsink = _backward(*call) if plain else _backward_op(*call)
     return (
         dq if need_q else None,
         dk if need_k else None,
