@@ -7,8 +7,6 @@ for its statistics and then to be normalised; the second walk finds most of it i
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -77,7 +75,7 @@ def _held_fwd_kernel(
     # Each lane keeps the mean and the squared deviations of the columns that it has seen (Welford 1962).
     lane_mean = tl.zeros((BLOCK_COLS,), tl.float32)
     lane_square = tl.zeros((BLOCK_COLS,), tl.float32)
-    held: Any = ()
+    held = ()
     for step in tl.static_range(STEPS):
         col = step * BLOCK_COLS + lane
         mask = col < columns
