@@ -58,9 +58,9 @@ def _rows_fwd_kernel(
 @triton.jit
 def _unlike(z, zero):
     """z, in a way that the compiler cannot see: else it would keep the fp32 of an earlier conversion in registers."""
-    if z.dtype == tl.float32:
-        return z
-    return (z.to(tl.int16, bitcast=True) ^ zero.to(tl.int16)).to(z.dtype, bitcast=True)
+    if z.dtype != tl.float32:
+        z = (z.to(tl.int16, bitcast=True) ^ zero.to(tl.int16)).to(z.dtype, bitcast=True)
+    return z
 
 
 @triton.jit
