@@ -121,10 +121,6 @@ def _wide_fwd_kernel(
     STATISTICS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * stride_x
-    residual_ptr += row * stride_residual
-    y_ptr += row * columns
-    residual_out_ptr += row * columns
     # Each lane keeps the mean and the squared deviations of the columns that it has seen (Welford 1962).
     lane_mean = tl.zeros((BLOCK_COLS,), tl.float32)
     lane_square = tl.zeros((BLOCK_COLS,), tl.float32)
@@ -132,11 +128,11 @@ def _wide_fwd_kernel(
     for start in tl.range(0, columns, BLOCK_COLS):
         col = start + tl.arange(0, BLOCK_COLS)
         mask = col < columns
-        z = tl.load(x_ptr + col, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:
-            z += tl.load(residual_ptr + col, mask=mask, other=0.0).to(tl.float32)
+            z += tl.load(residual_ptr + row * stride_residual + col, mask=mask, other=0.0).to(tl.float32)
             rounded = z.to(residual_out_ptr.dtype.element_ty)
-            tl.store(residual_out_ptr + col, rounded, mask=mask)
+            tl.store(residual_out_ptr + row * columns + col, rounded, mask=mask)
             z = rounded.to(tl.float32)
         if CENTER:
             steps += 1
@@ -163,11 +159,13 @@ def _wide_fwd_kernel(
         col = start + tl.arange(0, BLOCK_COLS)
         mask = col < columns
         if HAS_RESIDUAL:
-            z = tl.load(residual_out_ptr + col, mask=mask, other=0.0).to(tl.float32)
+            z = tl.load(residual_out_ptr + row * columns + col, mask=mask, other=0.0).to(tl.float32)
         else:
-            z = tl.load(x_ptr + col, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            z = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0, eviction_policy="evict_first").to(
+                tl.float32
+            )
         y = _affine((z - mean) * rstd, weight_ptr, bias_ptr, col, mask, offset, HAS_WEIGHT, HAS_BIAS)
-        tl.store(y_ptr + col, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + row * columns + col, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 _rows_fwd = Launcher(_rows_fwd_kernel)
