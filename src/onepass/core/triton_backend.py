@@ -34,9 +34,9 @@ def unavailable() -> str | None:
     return None
 
 
-def row(unsupported: Callable[[Any], list[str]], launcher: str) -> Kernel:
+def row(unsupported: Callable[[Any], list[str]], launcher: str, direct: str | None = None) -> Kernel:
     """A Triton kernel's row in a table. Its priority matters only in the interpreter, where `cpu` goes before it."""
-    return Kernel("triton", 5, unsupported, launcher, unavailable=unavailable, shown_on="sm_90")
+    return Kernel("triton", 5, unsupported, launcher, unavailable=unavailable, direct=direct, shown_on="sm_90")
 
 
 def unsupported_arch(arch: str) -> list[str]:
@@ -99,6 +99,16 @@ class Launcher:
         else:
             with torch.cuda.device(device):
                 self._launch(known, (index, key), grid, device, describe)
+
+    def compiled(self, index: int, key: Any) -> Any:
+        """What `run` takes, for a kind of launch that has been compiled, on the current device; None for any other."""
+        return self._compiled.get((index, key)) if _current_device() == index else None
+
+    @staticmethod
+    def run(compiled: Any, programs: int, index: int, *numbers: int | float) -> None:
+        """Launches what `compiled` gave."""
+        run, function, metadata, constants = compiled
+        run(programs, 1, 1, _current_stream(index), function, metadata, None, None, None, *numbers, *constants)
 
     def _launch(
         self,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepass.core.rows import as_rows
+from onepass.core.rows import as_row, as_rows
 from onepass.core.triton_backend import Description, Launcher, aligned, interpreted, multiprocessors, pointer
 from onepass.ops.norm.triton.config import (
     BACKWARD_WIDE,
@@ -190,7 +190,7 @@ def backward(
     """dx, dweight, dbias; empty where not needed."""
     need_dweight, need_dbias = need_dweight and weight is not None, need_dbias and bias is not None
     columns = x.shape[-1]
-    x_rows, dy_rows = as_rows(x), as_rows(dy)
+    x_rows, dy_rows, weight = as_rows(x), as_rows(dy), as_row(weight)
     dresidual_rows = None if dresidual is None else as_rows(dresidual)
     rows = x_rows.shape[0]
     dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)

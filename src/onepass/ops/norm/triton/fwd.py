@@ -7,12 +7,14 @@ for its statistics and then to be normalised; the second walk finds most of it i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepass.core.rows import as_rows, empty_rows
+from onepass.core.rows import as_row, as_rows, empty_rows
 from onepass.core.triton_backend import Description, Launcher, aligned, pointer
 from onepass.ops.norm.spec import statistics_dtype, sum_dtype
 from onepass.ops.norm.triton.config import FORWARD_WIDE, LARGEST_TILE, forward_held, forward_rows
@@ -27,7 +29,7 @@ def _affine(y, weight_ptr, bias_ptr, cols, mask, offset, HAS_WEIGHT: tl.constexp
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rows_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
     rows, columns, stride_x, stride_residual, eps, offset, zero,
@@ -63,7 +65,7 @@ def _unlike(z, zero):
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _held_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
     rows, columns, stride_x, stride_residual, eps, offset, zero,
@@ -113,7 +115,7 @@ def _held_fwd_kernel(
         tl.store(y_ptr + row * columns + col, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _wide_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
     rows, columns, stride_x, stride_residual, eps, offset, zero,
@@ -185,6 +187,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y, residual_out, mean, rstd as registration.py has them; None for what is not asked for."""
     x_rows = as_rows(x)
+    weight, bias = as_row(weight), as_row(bias)
     residual_rows = None if residual is None else as_rows(residual)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     residual_out = None
@@ -199,6 +202,39 @@ def forward(
         return y, residual_out, None, None
     empty = x.new_empty(0)
     return y, empty if residual_out is None else residual_out, empty if mean is None else mean, rstd
+
+
+def direct_forward(call: tuple[Any, ...]) -> Tensor | None:
+    """y of a plain call like one before (registry.direct): contiguous whole rows and no residual; None for any other."""
+    x, weight, bias, residual, eps, offset, center, _ = call
+    if residual is not None or not x.is_cuda or not x.is_contiguous():
+        return None
+    columns = x.shape[-1]
+    index = x.device.index
+    kind = (
+        x.dtype, None, None if weight is None else weight.dtype, None if bias is None else bias.dtype, center, True,
+        columns, True, columns % 16 == 0, True, True,
+    )  # fmt: skip
+    compiled = _rows_fwd.compiled(index, kind)
+    if compiled is None or not _is_row(weight, columns) or not _is_row(bias, columns):
+        return None
+    y = torch.empty_like(x)
+    x_ptr, weight_ptr, bias_ptr, y_ptr = x.data_ptr(), pointer(weight), pointer(bias), y.data_ptr()
+    rows = x.numel() // columns
+    if not rows or rows >= 2**31 or (x_ptr | weight_ptr | bias_ptr | y_ptr) & 15:
+        return None
+    block_rows = compiled[3][-2]
+    Launcher.run(
+        compiled, -(-rows // block_rows), index,
+        x_ptr, 0, weight_ptr, bias_ptr, y_ptr, 0, 0, 0, rows, columns, columns, 0, eps, offset, 0,
+    )  # fmt: skip
+    return y
+
+
+def _is_row(parameter: Tensor | None, columns: int) -> bool:
+    if parameter is None:
+        return True
+    return parameter.is_cuda and parameter.is_contiguous() and parameter.shape == (columns,)
 
 
 def _launch(
@@ -231,8 +267,6 @@ def _launch(
         rstd is None,
         columns,
         aligned(*pointers),
-        rows % 16 == 0,
-        rows == 1,
         stride_x % 16 == 0,
         stride_residual % 16 == 0,
         small,
