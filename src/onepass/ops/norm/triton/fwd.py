@@ -23,9 +23,9 @@ from onepass.ops.norm.triton.config import FORWARD_WIDE, LARGEST_TILE, forward_h
 @triton.jit
 def _affine(y, weight_ptr, bias_ptr, cols, mask, offset, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
     if HAS_WEIGHT:
-        y *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32) + offset
+        y *= tl.load(weight_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32) + offset
     if HAS_BIAS:
-        y += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(bias_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
     return y
 
 
@@ -74,8 +74,7 @@ def _held_fwd_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_COLS)
-    # Each lane keeps the mean and the squared deviations of the columns that it has seen (Welford 1962).
-    lane_mean = tl.zeros((BLOCK_COLS,), tl.float32)
+    lane_sum = tl.zeros((BLOCK_COLS,), tl.float32)
     lane_square = tl.zeros((BLOCK_COLS,), tl.float32)
     held = ()
     for step in tl.static_range(STEPS):
@@ -89,20 +88,18 @@ def _held_fwd_kernel(
         held = held + (z,)  # noqa: RUF005 (Triton knows no unpacking)
         wide = z.to(tl.float32)
         if CENTER:
-            deviation = tl.where(mask, wide - lane_mean, 0.0)
-            lane_mean += deviation * (1.0 / (step + 1))
-            lane_square += deviation * (wide - lane_mean)
+            lane_sum += wide
         else:
             lane_square += wide * wide
+    mean = 0.0
     if CENTER:
-        count = (columns - lane + BLOCK_COLS - 1) // BLOCK_COLS  # columns that the lane has seen
-        mean = tl.sum(lane_mean * count, 0) / columns
-        between = lane_mean - mean
-        variance = tl.sum(lane_square + count * between * between, 0) / columns
-    else:
-        mean = 0.0
-        variance = tl.sum(lane_square, 0) / columns
-    rstd = tl.rsqrt(variance + eps)
+        mean = tl.sum(lane_sum, 0) / columns
+        for step in tl.static_range(STEPS):
+            wide = _unlike(held[step], zero).to(tl.float32)
+            deviation = tl.where(step * BLOCK_COLS + lane < columns, wide - mean, 0.0)
+            lane_square += deviation * deviation
+        zero &= mean.to(tl.int32, bitcast=True)  # still 0, and another one to the compiler
+    rstd = tl.rsqrt(tl.sum(lane_square, 0) / columns + eps)
     if STATISTICS:
         tl.store(rstd_ptr + row, rstd)
         if CENTER:
@@ -205,7 +202,7 @@ def forward(
 
 
 def direct_forward(call: tuple[Any, ...]) -> Tensor | None:
-    """y of a plain call like one before (registry.direct): contiguous whole rows and no residual; None for any other."""
+    """y of a plain call like one before (registry.direct): contiguous rows and no residual; None for any other."""
     x, weight, bias, residual, eps, offset, center, _ = call
     if residual is not None or not x.is_cuda or not x.is_contiguous():
         return None
@@ -284,7 +281,7 @@ def _launch(
         return (*tensors, *scalars), constants | cut, num_warps
 
     if columns <= LARGEST_TILE:
-        config = forward_rows(columns)
+        config = forward_rows(columns, center)
         cut, num_warps = {"BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols}, config.num_warps
         kernel, programs = _rows_fwd, -(-rows // config.block_rows)
     elif (held := forward_held(columns, (x if residual_out is None else residual_out).element_size())) is not None:
