@@ -30,10 +30,13 @@ class Kernel:
     """One row of a table.
 
     `unsupported(spec)` gives the reasons for which the kernel cannot do a call, whatever the machine; `unavailable()`
-    says why it cannot run on this machine; `slow(spec)` what it does, but slowly. `launcher` is the import path
-    "module:function"; the module is imported when the kernel is first chosen. `direct`, where there is one, is the path
-    of a launcher that takes the operation's arguments as one tuple before anything has been checked: it does a plain,
-    valid call on its own device and returns None for any other, which then goes the ordinary way.
+    says why it cannot run on this machine; `slow(spec)` what it does, but slowly. Documentation shows what it does on
+    the architecture `shown_on`.
+
+    `launcher` is the import path "module:function"; the module is imported when the kernel is first chosen. `direct`,
+    where there is one, is the path of a launcher that takes the operation's arguments as one tuple before anything has
+    been checked: it does a plain, valid call on its own device and returns None for any other, which then goes the
+    ordinary way.
     """
 
     backend: str
@@ -44,6 +47,7 @@ class Kernel:
     direct: str | None = None
     unavailable: Callable[[], str | None] = _always_there
     by_name_only: bool = False
+    shown_on: str = "cpu"
 
     def load(self) -> Launcher:
         return _import(self.launcher)
@@ -94,7 +98,7 @@ class KernelTable:
     spec: Callable[..., Any]
     kernels: Sequence[Kernel]
     launchers: dict[tuple[tuple[Any, ...], str], Launcher] = field(default_factory=dict, repr=False)
-    directs: dict[str, Launcher] = field(default_factory=dict, repr=False)
+    directs: dict[tuple[str, bool], Launcher] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.kernels = sorted(self.kernels, key=lambda kernel: -kernel.priority)
@@ -145,18 +149,23 @@ def _declines(call: tuple[Any, ...]) -> None:
     return None
 
 
-def direct(table: KernelTable, backend: str = "") -> Launcher:
-    """The direct launcher of the best kernel that has one, or of `backend`; else one that declines every call."""
+def direct(table: KernelTable, backend: str, on_cpu: bool) -> Launcher:
+    """The direct launcher of the best kernel for such a device, or of `backend`; else one that declines every call."""
     try:
-        return table.directs[backend]
+        return table.directs[backend, on_cpu]
     except KeyError:
-        paths = [
-            kernel.direct
-            for kernel in table.kernels
-            if kernel.direct and kernel.backend == (backend or kernel.backend) and kernel.unavailable() is None
-        ]
-        launcher = table.directs[backend] = _import(paths[0]) if paths else _declines
-        return launcher
+        pass
+    able = [
+        kernel
+        for kernel in table.kernels
+        if (kernel.shown_on == "cpu") == on_cpu
+        and (kernel.backend == backend if backend else not kernel.by_name_only)
+        and kernel.unavailable() is None
+    ]
+    if not able:
+        return _declines
+    launcher = table.directs[backend, on_cpu] = _declines if able[0].direct is None else _import(able[0].direct)
+    return launcher
 
 
 def choose(table: KernelTable, facts: tuple[Any, ...], backend: str = "") -> Choice:
