@@ -283,24 +283,25 @@ struct Decode {
   }
 
   // Where the rows of a strip's keys begin for one head, copied unless they can be read in place.
-  struct Rows {
+  struct KeyRows {
     const T* data;
     int64_t stride;
   };
-  Rows rows_of(const Tensor4& x, bool in_place, T* copy, int64_t ld, int64_t features, int64_t b, int64_t h_kv, int64_t j0, int64_t keys) const {
+  KeyRows rows_of(const Tensor4& x, bool in_place, T* copy, int64_t ld, int64_t features, int64_t b, int64_t h_kv, int64_t j0, int64_t keys) const {
     const T* data = (const T*)x.data + b * x.stride_b + h_kv * x.stride_h + j0 * x.stride_s;
     if (in_place) return {data, x.stride_s};
     copy_rows(copy, ld, data, x, keys, features, key_mask_of(p, b).from(j0));
     return {copy, ld};
   }
 
-  // What one head's share of a strip fetches of the strip after the next. In a (batch, seqlen, nheads, head_dim) cache the strip of all heads is
-  // one stretch of memory, and each head's share a stretch of that.
+  // What one head's share of a strip fetches of the strip after the next; of itself near the end. In a (batch, seqlen,
+  // nheads, head_dim) cache the strip of all heads is one stretch of memory, and each head's share a stretch of that.
   Ahead<T> strip_after_next(const Tensor4& x, int64_t features, int64_t b, int64_t h_kv, int64_t j0) const {
-    const T* next = (const T*)x.data + b * x.stride_b + (j0 + 2 * strip) * x.stride_s;
+    const int64_t next = j0 + 2 * strip < p.seqlen_k ? j0 + 2 * strip : j0;
+    const T* data = (const T*)x.data + b * x.stride_b + next * x.stride_s;
     const bool together = groups == 1 && x.stride_h == features && x.stride_s == p.nheads_kv * features;
-    if (together) return {next + h_kv * strip * features, features};
-    return {next + h_kv * x.stride_h, x.stride_s};
+    if (together) return {data + h_kv * strip * features, features};
+    return {data + h_kv * x.stride_h, x.stride_s};
   }
 
   // Calls f(R, r) with a constant R for rows r to r + R, until all are done.
@@ -315,7 +316,7 @@ struct Decode {
 
   // Scores of one head's rows with the keys j0 to j0 + keys, which are the keys `at` and after of the chunk.
   void score_strip(Scratch& t, int64_t b, int64_t h_kv, int64_t j0, int64_t at, int64_t keys) const {
-    const Rows k = rows_of(a.k, k_in_place, t.K, depth, p.head_dim, b, h_kv, j0, keys);
+    const KeyRows k = rows_of(a.k, k_in_place, t.K, depth, p.head_dim, b, h_kv, j0, keys);
     const Ahead<T> ahead = strip_after_next(a.k, p.head_dim, b, h_kv, j0);
     for_rows([&](auto R, int64_t r) __attribute__((always_inline)) {
       const int64_t row = h_kv * rows + r;
@@ -334,7 +335,7 @@ struct Decode {
 
   void add_strip(Scratch& t, int64_t b, int64_t h_kv, int64_t part, int64_t j0, int64_t at, int64_t keys) const {
     static constexpr float unchanged[4] = {1.f, 1.f, 1.f, 1.f};
-    const Rows v = rows_of(a.v, v_in_place, t.V, depth_v, p.head_dim_v, b, h_kv, j0, keys);
+    const KeyRows v = rows_of(a.v, v_in_place, t.V, depth_v, p.head_dim_v, b, h_kv, j0, keys);
     const Ahead<T> ahead = strip_after_next(a.v, p.head_dim_v, b, h_kv, j0);
     for_rows([&](auto R, int64_t r) __attribute__((always_inline)) {
       const int64_t row = h_kv * rows + r;

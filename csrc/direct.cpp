@@ -38,9 +38,15 @@ class Input {
     return !host.get_device_type(handle_, &device) && device == TORCH_CPU && !host.get_layout(handle_, &layout) &&
            layout == TORCH_STRIDED && !host.get_dim(handle_, &dim) && dim == wanted_dim &&
            !host.get_dtype(handle_, &dtype) && !host.get_sizes(handle_, &sizes) &&
-           !host.get_strides(handle_, &strides) && !host.get_data_ptr(handle_, &data);
+           !host.get_strides(handle_, &strides) && !host.get_data_ptr(handle_, &data) && (data || empty(dim));
   }
 
+  // Tensors without memory that are not empty are stand-ins of some kind: not ours.
+  bool empty(int64_t dim) const {
+    for (int64_t i = 0; i < dim; i++)
+      if (sizes[i] == 0) return true;
+    return false;
+  }
   bool given() const { return handle_; }
   Tensor4 tensor4() const { return {data, strides[0], strides[1], strides[2], strides[3]}; }
 

@@ -23,7 +23,6 @@
   HOST_FUNCTION(void*, release_gil)                                                                                   \
   HOST_FUNCTION(void, take_gil, void* thread_state)
 
-
 struct HostFunctions {
 #define HOST_FUNCTION(RESULT, NAME, ...) RESULT (*NAME)(__VA_ARGS__);
   HOST_FUNCTIONS

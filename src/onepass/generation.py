@@ -16,6 +16,8 @@ from torch import Tensor
 
 from onepass.models.kv_cache import KVCache
 
+_FP32 = torch.finfo(torch.float32)
+
 __all__ = ["CachedModel", "SampleConfig", "choose_token", "generate"]
 
 
@@ -112,12 +114,17 @@ def choose_token(logits: Tensor, config: SampleConfig, generator: torch.Generato
     if config.temperature == 0.0:
         _require_finite(logits)
         return int(logits.argmax())
-    token = _draw(_probabilities(logits / config.temperature, config), generator)
-    if token is None:  # NaN: from the model, or from dividing by a tiny temperature
+    temperature = min(max(config.temperature, _FP32.tiny), _FP32.max)
+    cumulative = _cumulative(logits / temperature, config)
+    total = float(cumulative[-1])
+    if math.isnan(total):  # from the model, or from dividing by a tiny temperature
         _require_finite(logits)
-        token = _draw(_probabilities((logits - logits.max()) / config.temperature, config), generator)
-    assert token is not None  # at most 0 now, and the largest is 0
-    return token
+        cumulative = _cumulative((logits - logits.max()) / temperature, config)  # at most 0, and 0 somewhere
+        total = float(cumulative[-1])
+    # The token at which the cumulative probability passes a uniform number: a third of torch.multinomial's time. In
+    # fp64, a uniform number of 24 bits is below 1 by more than rounding: a token of probability 0 is never drawn.
+    uniform = float(torch.rand(1, generator=generator))
+    return int(torch.searchsorted(cumulative, uniform * total, right=True))
 
 
 def _require_finite(logits: Tensor) -> None:
@@ -125,8 +132,8 @@ def _require_finite(logits: Tensor) -> None:
         raise ValueError("the model's logits are not finite: its weights or its attention gave NaN or infinity")
 
 
-def _probabilities(logits: Tensor, config: SampleConfig) -> Tensor:
-    """Of each token, those that top_k and top_p leave out at 0; NaN when the logits are not finite."""
+def _cumulative(logits: Tensor, config: SampleConfig) -> Tensor:
+    """Cumulative probabilities, fp64, with 0 for what top_k and top_p leave out; NaN when the logits are not finite."""
     if config.top_k is not None and config.top_k < logits.numel():
         smallest_kept = logits.topk(config.top_k).values[-1]
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
@@ -135,18 +142,4 @@ def _probabilities(logits: Tensor, config: SampleConfig) -> Tensor:
         ordered, order = probabilities.sort(descending=True, stable=True)
         likelier = ordered.cumsum(0) - ordered  # what the likelier tokens reach without this one
         probabilities[order[likelier >= config.top_p]] = 0.0
-    return probabilities
-
-
-def _draw(probabilities: Tensor, generator: torch.Generator) -> int | None:
-    """The token at which the cumulative probability passes a uniform number; a third of torch.multinomial's time.
-
-    In fp64, a uniform number of 24 bits is below 1 by more than rounding, so a token of probability 0 is never drawn.
-    None, and no number drawn, when the probabilities are NaN.
-    """
-    cumulative = probabilities.cumsum(0, dtype=torch.float64)
-    total = float(cumulative[-1])
-    if math.isnan(total):
-        return None
-    uniform = float(torch.rand(1, generator=generator))
-    return int(torch.searchsorted(cumulative, uniform * total, right=True))
+    return probabilities.cumsum(0, dtype=torch.float64)

@@ -109,3 +109,56 @@ def test_handles_do_not_leak() -> None:
             onepass.attention_decode(q, k, k, cache_seqlens=wanted)
     onepass.attention(q, k, k)
     assert [x._use_count() for x in (q, k, lengths)] == use_counts
+    assert onepass.attention(q, k, k)._use_count() == 1
+    assert onepass.attention_decode(q, k, k)._use_count() == 1
+
+
+class Wrapper(torch.Tensor):
+    """A subclass that holds a tensor and has no memory of its own."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> "Wrapper":
+        self = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)  # type: ignore[attr-defined]
+        self.held = held
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def unwrap(x: Any) -> Any:
+            return x.held if isinstance(x, Wrapper) else x
+
+        return func(*map(unwrap, args), **{name: unwrap(x) for name, x in (kwargs or {}).items()})
+
+
+def test_wrapped_options_go_through_the_dispatcher() -> None:
+    q, k, do = (torch.randn(2, 5, 2, 16) for _ in range(3))
+    lengths, mask = torch.tensor([2, 3], dtype=torch.int32), torch.arange(5).expand(2, 5) < 3
+    expected = onepass.attention_decode(q[:, :1], k, k, cache_seqlens=lengths)
+    assert torch.equal(onepass.attention_decode(q[:, :1], k, k, cache_seqlens=Wrapper(lengths)), expected)
+    assert torch.equal(onepass.attention(q, k, k, key_mask=Wrapper(mask)), onepass.attention(q, k, k, key_mask=mask))
+    q.requires_grad_()
+    wrapped, plain = (
+        torch.autograd.grad(onepass.attention(q, k, k, key_mask=key_mask), q, do)[0]
+        for key_mask in (Wrapper(mask), mask)
+    )
+    assert torch.equal(wrapped, plain)
+
+
+def test_batched_and_zero_gradients() -> None:
+    q, k, v = (torch.randn(2, 5, 2, 16, requires_grad=True) for _ in range(3))
+    out, dos = onepass.attention(q, k, v), torch.randn(3, 2, 5, 2, 16)
+    (batched,) = torch.autograd.grad(out, q, dos, is_grads_batched=True, retain_graph=True)
+    loop = [torch.autograd.grad(out, q, do, retain_graph=True)[0] for do in dos]
+    torch.testing.assert_close(batched, torch.stack(loop))
+    (zero,) = torch.autograd.grad(out, q, torch._efficientzerotensor(2, 5, 2, 16))
+    assert torch.equal(zero, torch.zeros_like(q))
+
+
+def test_head_dims_that_the_kernels_lack_are_declined(answers: list[bool]) -> None:
+    q, v = torch.zeros(1, 2, 1, 257), torch.zeros(1, 2, 1, 16)
+    for tensors in ((q, q, v), (v, v, q)):
+        with pytest.raises(onepass.UnsupportedError, match="257 is above 256"):
+            onepass.attention(*tensors)
+    assert answers == [False, False]

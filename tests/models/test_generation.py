@@ -1,5 +1,7 @@
 """Drawing tokens: options, seeds, sliding, and that cached and uncached runs write the same."""
 
+import math
+
 import pytest
 import torch
 
@@ -78,3 +80,12 @@ def test_wrong_prompts_and_logits(model):
         generate(model, torch.empty(0, dtype=torch.int64))
     with pytest.raises(ValueError, match="logits are not finite"):
         choose_token(torch.tensor([0.0, float("nan")]), SampleConfig(), torch.Generator())
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-50, 1e-40, 1e39, 1.7e308])
+def test_any_temperature_draws_a_token_that_may_be_drawn(temperature):
+    for logits in (torch.tensor([0.0, 1.0, 2.0]), torch.tensor([-math.inf, 1.0, -math.inf])):
+        token = choose_token(logits, SampleConfig(temperature=temperature), torch.Generator().manual_seed(0))
+        assert 0 <= token < 3
+        assert logits[token] > -math.inf
+        assert temperature > 1 or token == int(logits.argmax())

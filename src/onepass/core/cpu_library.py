@@ -154,7 +154,8 @@ def has_direct_calls() -> bool:
     functions += [getattr(ctypes.pythonapi, name) for name in _PYTHON_FUNCTIONS]
     addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
     _library().onepass_bind_host((ctypes.c_void_p * len(addresses))(*addresses))
-    return True
+    (taken,) = torch_compat.take_tensors(torch_compat.tensor_handles([torch.empty(1)]))
+    return taken._use_count() == 1  # else every output would leak
 
 
 @functools.cache
@@ -167,11 +168,11 @@ def direct_attention() -> Callable[[list[Tensor], bytes], Tensor | None]:
         return lambda tensors, arguments: None
     function = ctypes.PyDLL(_library()._name).onepass_direct_attention  # PyDLL: it needs the GIL, which it releases
     function.argtypes, function.restype = (*[ctypes.py_object] * 5, ctypes.c_char_p), ctypes.py_object
-    handles, take = torch_compat.tensor_handles, torch_compat.take_tensor
+    handles, take = torch_compat.tensor_handles, torch_compat.take_tensors
 
     def call(tensors: list[Tensor], arguments: bytes) -> Tensor | None:
         absent = (None,) * (5 - len(tensors))  # cache_seqlens, and the argument that must be None
         out = function(*handles(tensors), *absent, arguments)
-        return None if out is None else take(out)
+        return None if out is None else take([out])[0]
 
     return call

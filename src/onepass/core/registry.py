@@ -30,8 +30,8 @@ class Kernel:
     """One row of a table.
 
     `unsupported(spec)` gives the reasons for which the kernel cannot do a call, whatever the machine; `unavailable()`
-    says why it cannot run on this machine; `slow(spec)` what it does, but slowly. The documentation shows what it does
-    on the architecture `shown_on`.
+    says why it cannot run on this machine; `slow(spec)` what it does, but slowly. Documentation shows what it does on
+    the architecture `shown_on`.
 
     `launcher` is the import path "module:function"; the module is imported when the kernel is first chosen. `direct`,
     where there is one, is the path of a launcher that takes the operation's arguments as one tuple before anything has
@@ -154,16 +154,18 @@ def direct(table: KernelTable, backend: str, on_cpu: bool) -> Launcher:
     try:
         return table.directs[backend, on_cpu]
     except KeyError:
-        paths = [
-            kernel.direct
-            for kernel in table.kernels
-            if kernel.direct
-            and (kernel.shown_on == "cpu") == on_cpu
-            and kernel.backend == (backend or kernel.backend)
-            and kernel.unavailable() is None
-        ]
-        launcher = table.directs[backend, on_cpu] = _import(paths[0]) if paths else _declines
-        return launcher
+        pass
+    able = [
+        kernel
+        for kernel in table.kernels
+        if (kernel.shown_on == "cpu") == on_cpu
+        and (kernel.backend == backend if backend else not kernel.by_name_only)
+        and kernel.unavailable() is None
+    ]
+    if not able:
+        return _declines
+    launcher = table.directs[backend, on_cpu] = _declines if able[0].direct is None else _import(able[0].direct)
+    return launcher
 
 
 def choose(table: KernelTable, facts: tuple[Any, ...], backend: str = "") -> Choice:

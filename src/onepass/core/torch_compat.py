@@ -28,7 +28,8 @@ def below_dispatcher(*tensors: Tensor | None) -> bool:
 
     Then the kernel may be called directly, which saves 5 of the 7 us that a 16-argument operation costs. Anything that
     could want to see the call makes this False: autograd, tracing, compiling, modes, functorch, forward-mode tangents,
-    profiling, subclasses, fake tensors, and negated views, which the dispatcher would write out first.
+    profiling, subclasses, fake tensors, and tensors that the dispatcher would write out first (negated views, zero
+    tensors). Give it every tensor of the call; `batched_gradient` tells what else a backward may meet.
     """
     if (
         _is_compiling()
@@ -47,20 +48,27 @@ def below_dispatcher(*tensors: Tensor | None) -> bool:
             or (grad and tensor.requires_grad)
             or not (tensor.is_cpu or tensor.is_cuda)
             or tensor.is_neg()
+            or tensor._is_zerotensor()
         ):
             return False
     return True
 
 
+def batched_gradient(gradient: Tensor) -> bool:
+    """Whether autograd's own vmap (is_grads_batched=True) hides several gradients behind this one."""
+    return torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
 # Tensors for C code: capsules with handles of PyTorch's stable C interface. Whoever gets a handle must delete it.
 _interface: Any = getattr(torch._C, "_aoti", None)
 tensor_handles: Any = getattr(_interface, "unsafe_alloc_void_ptrs_from_tensors", None)
-take_tensor: Any = getattr(_interface, "alloc_tensor_by_stealing_from_void_ptr", None)
+# The function for one tensor copies the handle in spite of its name; the one for several takes it over.
+take_tensors: Any = getattr(_interface, "alloc_tensors_by_stealing_from_void_ptrs", None)
 
 
 def stable_c_interface() -> ctypes.CDLL | None:
     """The library with the functions aoti_torch_*; None where this PyTorch lacks them, or the two functions above."""
-    if tensor_handles is None or take_tensor is None:
+    if tensor_handles is None or take_tensors is None:
         return None
     try:
         return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))

@@ -257,7 +257,9 @@ def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Te
         do = torch.zeros_like(out)
     needs = (need_q, need_k or need_v, need_bias, need_sink)
     call = (do, dlse, q, k, v, out, lse, *optional, *options, *needs, backend)
-    plain = dlse is None and torch_compat.below_dispatcher(q, k, v) and torch_compat.below_dispatcher(do, out, lse)
+    plain = torch_compat.below_dispatcher(do, dlse, q, k, v, out, lse, *optional) and not (
+        torch_compat.batched_gradient(do) or (dlse is not None and torch_compat.batched_gradient(dlse))
+    )
     dq, dk, dv, dbias, dsink = _backward(*call) if plain else _backward_op(*call)
     return (
         dq if need_q else None,
@@ -340,7 +342,7 @@ _register()
 
 
 def attention_fwd(call: tuple[Any, ...], need_lse: bool) -> tuple[Tensor, Tensor | None]:
-    if call[3] is None and call[5] is None and torch_compat.below_dispatcher(call[0], call[1], call[2]):
+    if torch_compat.below_dispatcher(*call[:8]):
         if not need_lse and (out := direct(kernels.FORWARD, call[-1], call[0].is_cpu)(call)) is not None:
             return out, None
         out, lse = _forward(*call)
@@ -350,7 +352,7 @@ def attention_fwd(call: tuple[Any, ...], need_lse: bool) -> tuple[Tensor, Tensor
 
 
 def attention_decode(call: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
-    if call[6] is None and torch_compat.below_dispatcher(call[0], call[1], call[2]):
+    if torch_compat.below_dispatcher(*call[:9]):
         if (out := direct(kernels.DECODE, call[-1], call[0].is_cpu)(call)) is not None:
             return out, None
         return _decode(*call)
