@@ -12,6 +12,7 @@ from onepass.core.errors import UnsupportedError
 from onepass.core.registry import explain, use_backend
 from onepass.ops.attention.api import attention, attention_decode, merge_attention
 from onepass.ops.norm.api import layer_norm, rms_norm
+from onepass.ops.swiglu.api import geglu, swiglu
 
 __version__ = "0.1.0"
 
@@ -20,9 +21,11 @@ __all__ = [
     "attention",
     "attention_decode",
     "explain",
+    "geglu",
     "layer_norm",
     "merge_attention",
     "rms_norm",
+    "swiglu",
     "use_backend",
 ]
 
