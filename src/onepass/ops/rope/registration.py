@@ -30,16 +30,23 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> 
 
 
 def _differentiate(ctx: Any, dq_out: Tensor | None, dk_out: Tensor | None) -> tuple[Tensor | None, ...]:
-    need_q = ctx.needs_input_grad[0] and dq_out is not None
-    need_k = ctx.needs_input_grad[1] and dk_out is not None
-    dq: Tensor | None = None
-    dk: Tensor | None = None
-    if need_q or need_k:
-        # What is not needed goes along with no heads, which costs nothing.
-        turned_q = dq_out if need_q else dk_out.new_empty(dk_out[:, :, :0].shape)
-        turned_k = dk_out if need_k else dq_out.new_empty(dq_out[:, :, :0].shape)
-        dq, dk = forward(turned_q, turned_k, *ctx.saved_tensors, *ctx.options)
-    return dq if need_q else None, dk if need_k else None, None, None, None, None, None, None
+    if not ctx.needs_input_grad[0]:
+        dq_out = None
+    if not ctx.needs_input_grad[1]:
+        dk_out = None
+    # What is not needed goes along with no heads, which costs nothing.
+    if dq_out is not None:
+        dq, dk = forward(dq_out, _no_heads(dq_out) if dk_out is None else dk_out, *ctx.saved_tensors, *ctx.options)
+    elif dk_out is not None:
+        dq, dk = forward(_no_heads(dk_out), dk_out, *ctx.saved_tensors, *ctx.options)
+    else:
+        dq, dk = None, None
+    return dq if dq_out is not None else None, dk if dk_out is not None else None, None, None, None, None, None, None
+
+
+def _no_heads(x: Tensor) -> Tensor:
+    batch, seqlen, _, head_dim = x.shape
+    return x.new_empty((batch, seqlen, 0, head_dim))
 
 
 forward = Operation(

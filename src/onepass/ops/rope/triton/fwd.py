@@ -18,7 +18,7 @@ def _turn_tile(
     stride_b, stride_s, stride_h, stride_d,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
     TABLE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
+    BLOCK_REST: tl.constexpr, TABLE_PER_HEAD: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_TOKENS x BLOCK_HEADS heads of q or k; programs beside each other do other heads of the same tokens."""
     head_blocks: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
@@ -34,10 +34,12 @@ def _turn_tile(
     else:
         place = token if TABLE == "batched" else in_sequence
         known = is_token
-    at = place[:, None] * HALF + pair[None, :]
-    seen = known[:, None] & (pair < HALF)[None, :]
-    cos = tl.load(cos_ptr + at, mask=seen, other=float("nan"))[:, None, :]
-    sin = tl.load(sin_ptr + at, mask=seen, other=float("nan"))[:, None, :]
+    at = place[:, None, None] * HALF + pair[None, None, :]
+    if TABLE_PER_HEAD:  # read again for every head, from the cache, rather than handed around between threads
+        at += tl.zeros((1, BLOCK_HEADS, 1), tl.int64)
+    seen = known[:, None, None] & (pair < HALF)[None, None, :]
+    cos = tl.load(cos_ptr + at, mask=seen, other=float("nan"))
+    sin = tl.load(sin_ptr + at, mask=seen, other=float("nan"))
     if INVERSE:
         sin = -sin
 
@@ -76,7 +78,7 @@ def _fwd_kernel(
     HEADS_Q: tl.constexpr, HEADS_KV: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, TABLE: tl.constexpr, BLOCK_TOKENS_Q: tl.constexpr,
     BLOCK_HEADS_Q: tl.constexpr, BLOCK_TOKENS_K: tl.constexpr, BLOCK_HEADS_K: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
+    BLOCK_REST: tl.constexpr, TABLE_PER_HEAD: tl.constexpr,
 ):  # fmt: skip
     """The first programs_q programs turn q, the others k."""
     program = tl.program_id(0)
@@ -85,13 +87,13 @@ def _fwd_kernel(
             _turn_tile(
                 q_ptr, q_out_ptr, cos_ptr, sin_ptr, position_ids_ptr, program, tokens, seqlen, positions,
                 stride_qb, stride_qs, stride_qh, stride_qd, HEADS_Q, HEAD_DIM, HALF, INTERLEAVED, INVERSE, TABLE,
-                BLOCK_TOKENS_Q, BLOCK_HEADS_Q, BLOCK_HALF, BLOCK_REST,
+                BLOCK_TOKENS_Q, BLOCK_HEADS_Q, BLOCK_HALF, BLOCK_REST, TABLE_PER_HEAD,
             )  # fmt: skip
-    elif HEADS_KV > 0:  # noqa: PLR5501 (Triton decides this one when it compiles)
+    elif HEADS_KV > 0:
         _turn_tile(
             k_ptr, k_out_ptr, cos_ptr, sin_ptr, position_ids_ptr, program - programs_q, tokens, seqlen, positions,
             stride_kb, stride_ks, stride_kh, stride_kd, HEADS_KV, HEAD_DIM, HALF, INTERLEAVED, INVERSE, TABLE,
-            BLOCK_TOKENS_K, BLOCK_HEADS_K, BLOCK_HALF, BLOCK_REST,
+            BLOCK_TOKENS_K, BLOCK_HEADS_K, BLOCK_HALF, BLOCK_REST, TABLE_PER_HEAD,
         )  # fmt: skip
 
 
@@ -154,6 +156,7 @@ def forward(
             "BLOCK_HEADS_K": config.block_heads_k,
             "BLOCK_HALF": config.block_half,
             "BLOCK_REST": 0 if rest == 0 else 1 << (rest - 1).bit_length(),
+            "TABLE_PER_HEAD": config.table_per_head,
         },
         num_warps=config.num_warps,
     )
