@@ -32,7 +32,7 @@ def test_is_pytorchs(ours: Any, twin: Any, backend: str, generator: torch.Genera
     gate.requires_grad_()
     up.requires_grad_()
     out, expected = ours(gate, up, backend=backend), twin(gate) * up
-    torch.testing.assert_close(out, expected, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)  # PyTorch's gelu is no closer
     for a, b in zip(
         torch.autograd.grad(out, (gate, up), dout), torch.autograd.grad(expected, (gate, up), dout), strict=True
     ):

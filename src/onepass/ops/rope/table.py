@@ -45,8 +45,8 @@ class RopeScaling:
         kinds = {options.pop(name) for name in ("rope_type", "type") if name in options}
         if kinds - {"llama3"}:
             raise ValueError(f"scaling's rope_type must be 'llama3', got {', '.join(map(repr, sorted(kinds)))}")
-        known = {field.name for field in fields(RopeScaling)}
-        if unknown := sorted(set(options) - known):
+        known = [field.name for field in fields(RopeScaling)]
+        if unknown := sorted(set(options) - set(known)):
             raise ValueError(f"scaling has the unknown entries {', '.join(unknown)}: it takes {', '.join(known)}")
         return RopeScaling(**options)
 
