@@ -20,6 +20,19 @@ def test_within_budget(case: numerics.Case, fused: str, dtype: torch.dtype, seed
     assert all(guard.intact() for guard in guards.values()), "an input or memory beside it was written to"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_within_budget_on_the_gpu(case: numerics.Case, dtype: torch.dtype, seed: int) -> None:
+    inputs = case.inputs(dtype, "cuda", torch.Generator().manual_seed(seed))
+    backends = [backend for backend in case.backends(inputs) if backend != "reference"]
+    assert backends
+    for backend in backends:
+        with numerics.nan_filled_memory():
+            comparisons = numerics.compare_inputs(case, inputs, backend)
+        numerics.assert_within_budget(comparisons, case=case, dtype=dtype, backend=backend, seed=seed)
+
+
 def test_cases_reach_every_backend(fused: str, generator: torch.Generator) -> None:
     """A backend that refused everything would pass the test above."""
     able = [case for case in CASES if fused in case.backends(case.inputs(torch.float32, "cpu", generator))]
