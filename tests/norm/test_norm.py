@@ -18,7 +18,7 @@ from onepass.testing import faults, numerics
 def assert_gradients_close(ours: Any, theirs: Any, inputs: list[Tensor], generator: torch.Generator) -> None:
     douts = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in ours]
     for a, b in zip(torch.autograd.grad(ours, inputs, douts), torch.autograd.grad(theirs, inputs, douts), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("columns", [1, 7, 96, 5000])
@@ -174,7 +174,7 @@ FORWARD_FAULTS = {
     "a thousandth off": with_result(0, lambda y: y * 1.001),
     "residual_out without x": with_result(1, torch.zeros_like),
     "eps forgotten": with_argument(4, lambda eps: 0.0),
-    "not centred": with_argument(6, lambda center: not center),
+    "mean off": with_result(2, lambda mean: mean + 0.01),
     "residual forgotten": with_argument(3, torch.zeros_like),
     "last column not written": with_result(0, _last_column_forgotten),
     "rstd off": with_result(3, lambda rstd: rstd * 1.01),
