@@ -133,64 +133,61 @@ ONEPASS_INLINE void add_product(float* acc, int64_t ld, int64_t keys, const type
   }
 }
 
-template <int N>
 ONEPASS_INLINE void store_tile_rows(float* P, float* dS, float*, int64_t j, int n, const vf (&p)[2], const vf (&ds)[2]) {
 #pragma GCC unroll 2
   for (int x = 0; x < 2; x++) {
-    store(P + (j + x) * N * VW + n * VW, p[x]);
-    store(dS + (j + x) * N * VW + n * VW, ds[x]);
+    store(P + (j + x) * BLOCK_Q + n * VW, p[x]);
+    store(dS + (j + x) * BLOCK_Q + n * VW, ds[x]);
   }
 }
 #if ONEPASS_BF16_DOT
-template <int N>
 ONEPASS_INLINE void store_tile_rows(bf16* P, bf16* dS, bf16* dS_pairs, int64_t j, int n, const vf (&p)[2], const vf (&ds)[2]) {
-  const __m512i ph = (__m512i)_mm512_cvtne2ps_pbh((__m512)p[1], (__m512)p[0]);
   const __m512i dh = (__m512i)_mm512_cvtne2ps_pbh((__m512)ds[1], (__m512)ds[0]);
-  bf16 *p_row = P + j * N * VW + n * VW, *d_row = dS + j * N * VW + n * VW;
-  _mm256_storeu_si256((__m256i*)p_row, _mm512_castsi512_si256(ph));
-  _mm256_storeu_si256((__m256i*)(p_row + N * VW), _mm512_extracti64x4_epi64(ph, 1));
+  bf16 *p_row = P + j * BLOCK_Q + n * VW, *d_row = dS + j * BLOCK_Q + n * VW;
+  store(p_row, p[0]);
+  store(p_row + BLOCK_Q, p[1]);
   _mm256_storeu_si256((__m256i*)d_row, _mm512_castsi512_si256(dh));
-  _mm256_storeu_si256((__m256i*)(d_row + N * VW), _mm512_extracti64x4_epi64(dh, 1));
-  store_words(dS_pairs + (j / 2 * N * VW + n * VW) * 2, pair_low(dh, _mm512_shuffle_i64x2(dh, dh, 0xee)));
+  _mm256_storeu_si256((__m256i*)(d_row + BLOCK_Q), _mm512_extracti64x4_epi64(dh, 1));
+  store_words(dS_pairs + (j / 2 * BLOCK_Q + n * VW) * 2, pair_halves(dh));
 }
 #endif
 
-// Scores and dP to P and dS. MASKED: unseen scores (-inf) give 0 whatever lse, dP and delta are: a NaN stays with the keys
-// that its query sees.
+// Scores and dP to P and dS, N vectors from `first` on. MASKED: unseen scores (-inf) give 0 whatever lse, dP and delta
+// are: a NaN stays with the keys that its query sees.
 template <class Compute, int N, bool MASKED>
-ONEPASS_INLINE void gradient_tile(Scratch<Compute>& t, int64_t rows, float scale) {
-  constexpr int LD = N * VW;
+ONEPASS_INLINE void gradient_tile(Scratch<Compute>& t, int first, Rows rows, float scale) {
   const vf factor = broadcast(scale);
 #pragma GCC unroll 4
-  for (int n = 0; n < N; n++) {
+  for (int n = first; n < first + N; n++) {
     const vf lse = load(t.lse + n * VW), delta = load(t.delta + n * VW);
 #pragma GCC unroll 2
-    for (int64_t j = 0; j < rows; j += 2) {
+    for (int64_t j = rows.begin; j < rows.end; j += 2) {
       vf p[2], ds[2];
 #pragma GCC unroll 2
       for (int x = 0; x < 2; x++) {
-        const vf score = load(t.S + (j + x) * LD + n * VW);
+        const vf score = load(t.S + (j + x) * BLOCK_Q + n * VW);
         p[x] = vexp(Compute::STEP == 1 ? score - lse : score * factor - lse);
-        ds[x] = p[x] * (load(t.dP + (j + x) * LD + n * VW) - delta);
+        ds[x] = p[x] * (load(t.dP + (j + x) * BLOCK_Q + n * VW) - delta);
         if (MASKED) {
           p[x] = score == broadcast(NEG_INF) ? (vf){} : p[x];
           ds[x] = score == broadcast(NEG_INF) ? (vf){} : ds[x];
         }
       }
-      store_tile_rows<N>(t.P_rows, t.dS_rows, t.dS, j, n, p, ds);
+      store_tile_rows(t.P_rows, t.dS_rows, t.dS, j, n, p, ds);
     }
   }
 }
 
 template <class Compute, class T>
 struct Range {  // one piece of work
+  typedef typename Compute::Elem Elem;
   Scratch<Compute>& t;
   const AttentionBwdArgs& a;
   const AttentionProblem& p;
   const int64_t b, h_kv, j_begin, keys;
   const KeyMask mask;
   const ScoreScale scale;
-  Tile<typename Compute::Elem> K, V, K_pairs;
+  Tile<Elem> K, V, K_pairs;
 
   Range(Scratch<Compute>& scratch, const AttentionBwdArgs& args, int64_t batch, int64_t head, int64_t begin, int64_t count)
       : t(scratch), a(args), p(args.problem), b(batch), h_kv(head), j_begin(begin), keys(count), mask(key_mask_of(args.problem, batch)),
@@ -233,47 +230,75 @@ struct Range {  // one piece of work
     }
   }
 
+  static Tile<Elem> from_query(Tile<Elem> rows, int64_t i) {
+    return {rows.data + i / Compute::STEP * rows.stride, rows.stride};
+  }
+
+  // Some rows of the tile that begins r keys into the range, against N vectors of queries from the block's vector n on
+  // (i0 is the first of these queries): P and dS, and what they add to dQ.
+  template <int N>
+  __attribute__((always_inline)) void tile_part(int n, int64_t i0, int64_t r, int64_t count, Rows rows, bool masked) {
+    constexpr int STEP = Compute::STEP;
+    const int64_t lane = n * VW, steps = ceil_div(min_of(rows.end, count) - rows.begin, STEP);
+    const Tile<Elem> tile_K = {K.data + r * K.stride, K.stride}, tile_V = {V.data + r * V.stride, V.stride};
+    score_tile<Compute, N, false>(t.S + lane, tile_K, rows, p.head_dim, t.Qt + lane * STEP, nullptr);
+    score_tile<Compute, N, false>(t.dP + lane, tile_V, rows, p.head_dim_v, t.dOt + lane * STEP, nullptr);
+    if (masked) {
+      mask_tile<N>(t.S + lane, p, mask, i0, j_begin + r, count, rows);
+      gradient_tile<Compute, N, true>(t, n, rows, scale.after);
+    } else {
+      gradient_tile<Compute, N, false>(t, n, rows, scale.after);
+    }
+    if (a.dq.data) {
+      const Elem* keys_from = K_pairs.data + (r + rows.begin) / STEP * K_pairs.stride;
+      const Elem* dS = t.dS + rows.begin * BLOCK_Q + lane * STEP;
+      multiply_rows<Compute, N, Into::ADD>(t.key_depth, steps, keys_from, STEP, K_pairs.stride, dS, BLOCK_Q * STEP,
+                                           t.dQt + lane, BLOCK_Q);
+    }
+  }
+
   template <int N>
   __attribute__((always_inline)) void query_block(int64_t h, int64_t i0, int64_t queries, float* dq_part) {
-    constexpr int LD = N * VW, STEP = Compute::STEP;
     const T *q = at(a.q, h, i0), *g = at(a.dout, h, i0);
-    pack_transposed<LD>(t.Qt, q, a.q.stride_s, a.q.stride_d, queries, p.head_dim, scale.into_q);
-    pack_transposed<LD>(t.dOt, g, a.dout.stride_s, a.dout.stride_d, queries, p.head_dim_v, 1.f);
+    pack_transposed(t.Qt, q, a.q.stride_s, a.q.stride_d, queries, p.head_dim, scale.into_q);
+    pack_transposed(t.dOt, g, a.dout.stride_s, a.dout.stride_d, queries, p.head_dim_v, 1.f);
     const auto Q_rows = query_rows(Compute{}, t.Q_rows, t.ld, q, a.q.stride_s, a.q.stride_d, queries, p.head_dim);
     const auto dO_rows = query_rows(Compute{}, t.dO_rows, t.ld_v, g, a.dout.stride_s, a.dout.stride_d, queries, p.head_dim_v);
     load_statistics(h, i0, queries);
-    memset(t.dQt, 0, sizeof(float) * (size_t)(t.key_depth * LD));
+    memset(t.dQt, 0, sizeof(float) * (size_t)(t.key_depth * BLOCK_Q));
 
     const int64_t last = min_of(j_begin + keys, end_key(p, i0 + queries - 1));
     const int64_t first = max_of(0, first_key(p, i0) - j_begin) / BLOCK_K * BLOCK_K + j_begin;
     for (int64_t j0 = first; j0 < last; j0 += BLOCK_K) {
       const int64_t r = j0 - j_begin, count = min_of(BLOCK_K, keys - r), rows = round_up(count, TILE_M);
-      const Visible seen = visible(p, mask, i0, queries, j0, count);
-      if (seen == Visible::NONE) continue;
-      score_tile<Compute, N, false>(t.S, {K.data + r * K.stride, K.stride}, count, p.head_dim, t.Qt, nullptr);
-      score_tile<Compute, N, false>(t.dP, {V.data + r * V.stride, V.stride}, count, p.head_dim_v, t.dOt, nullptr);
-      if (seen == Visible::SOME) {
-        mask_tile<N>(t.S, p, mask, i0, j0, count);
-        gradient_tile<Compute, N, true>(t, rows, scale.after);
+      const TileParts<N> parts(p, mask, i0, queries, j0, count);
+      if (parts.seen == Visible::NONE) continue;
+      if (parts.by_vector) {
+        for (int n = 0; n < N; n++)
+          if (!parts.rows[n].empty()) tile_part<1>(n, i0 + n * VW, r, count, parts.rows[n], true);
       } else {
-        gradient_tile<Compute, N, false>(t, rows, scale.after);
+        tile_part<N>(0, i0, r, count, {0, rows}, parts.seen == Visible::SOME);
       }
-      if (a.dq.data)
-        for (int64_t d = 0; d < p.head_dim; d += TILE_M)
-          multiply_tile<Compute, TILE_M, N, Into::ADD>(ceil_div(count, STEP), K_pairs.data + r / STEP * K_pairs.stride + d * STEP, STEP,
-                                                       K_pairs.stride, t.dS, LD * STEP, t.dQt + d * LD, LD);
-      if (a.dk.data) {
-        add_product<Compute>(t.dV + r * t.ld_v, t.ld_v, rows, t.P_rows, LD, dO_rows, queries, p.head_dim_v);
-        add_product<Compute>(t.dK + r * t.ld, t.ld, rows, t.dS_rows, LD, Q_rows, queries, p.head_dim);
+      if (!a.dk.data) continue;
+      for (int64_t begin = 0, end; begin < rows; begin = end) {  // runs of rows that the same vectors of queries see
+        const Vectors seeing = parts.vectors_seeing(begin);
+        for (end = begin + TILE_M; end < rows && parts.vectors_seeing(end) == seeing;) end += TILE_M;
+        const int64_t lane = seeing.begin * VW, summed = min_of(queries, seeing.end * VW) - lane, key = r + begin;
+        if (summed <= 0) continue;
+        const Elem *P = t.P_rows + begin * BLOCK_Q + lane, *dS = t.dS_rows + begin * BLOCK_Q + lane;
+        add_product<Compute>(t.dV + key * t.ld_v, t.ld_v, end - begin, P, BLOCK_Q, from_query(dO_rows, lane), summed,
+                             p.head_dim_v);
+        add_product<Compute>(t.dK + key * t.ld, t.ld, end - begin, dS, BLOCK_Q, from_query(Q_rows, lane), summed,
+                             p.head_dim);
       }
     }
     if (!a.dq.data) return;
-    float factor[LD];
-    for (int i = 0; i < LD; i++) factor[i] = (float)p.softmax_scale;
+    float factor[BLOCK_Q];
+    for (int i = 0; i < BLOCK_Q; i++) factor[i] = (float)p.softmax_scale;
     if (dq_part)
-      store_transposed<LD>(dq_part + i0 * p.head_dim, p.head_dim, t.dQt, factor, queries, p.head_dim);
+      store_transposed(dq_part + i0 * p.head_dim, p.head_dim, t.dQt, factor, queries, p.head_dim);
     else
-      store_transposed<LD>(at(a.dq, h, i0), a.dq.stride_s, t.dQt, factor, queries, p.head_dim);
+      store_transposed(at(a.dq, h, i0), a.dq.stride_s, t.dQt, factor, queries, p.head_dim);
   }
 
   void run(float* dq_part_of_range) {

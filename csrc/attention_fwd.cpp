@@ -36,26 +36,24 @@ struct Scratch {
 };
 
 // Four rows of weights, stored as the second product reads them.
-template <int N>
 ONEPASS_INLINE void store_weights(float* P, int64_t j, int n, const vf (&p)[4]) {
 #pragma GCC unroll 4
-  for (int x = 0; x < 4; x++) store(P + (j + x) * N * VW + n * VW, p[x]);
+  for (int x = 0; x < 4; x++) store(P + (j + x) * BLOCK_Q + n * VW, p[x]);
 }
 #if ONEPASS_BF16_DOT
-template <int N>
 ONEPASS_INLINE void store_weights(bf16* P, int64_t j, int n, const vf (&p)[4]) {
 #pragma GCC unroll 2
   for (int x = 0; x < 4; x += 2) {
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)p[x + 1], (__m512)p[x]);
-    store_words(P + ((j + x) / 2 * N * VW + n * VW) * 2, pair_low(halves, _mm512_shuffle_i64x2(halves, halves, 0xee)));
+    store_words(P + ((j + x) / 2 * BLOCK_Q + n * VW) * 2, pair_halves(halves));
   }
 }
 #endif
 
-// Scores to weights: m and l of the block take in this tile, e^(m_old - m_new) is left in rescale. False if that is 1 for all.
+// Scores to weights: m and l of the queries take in these rows, e^(m_old - m_new) is left in rescale. False if that is
+// 1 for all.
 template <class Compute, int N>
-ONEPASS_INLINE bool softmax_tile(Scratch<Compute>& t, float* m, float* l, int64_t rows, float scale) {
-  constexpr int LD = N * VW;
+ONEPASS_INLINE bool softmax_tile(Scratch<Compute>& t, float* m, float* l, Rows rows, float scale) {
   const vf factor = broadcast(scale);
   bool any_rescaled = false;
 #pragma GCC unroll 4
@@ -69,15 +67,15 @@ ONEPASS_INLINE bool softmax_tile(Scratch<Compute>& t, float* m, float* l, int64_
     const vf rescale = grown ? vexp(m_old - m_finite) : broadcast(1.f);  // exactly 1: vexp(0) is 1 - 7e-8, which would add up
     vf sum[4] = {};
     const float* s = t.S + n * VW;
-    for (int64_t j = 0; j < rows; j += 4) {
+    for (int64_t j = rows.begin; j < rows.end; j += 4) {
       vf p[4];
 #pragma GCC unroll 4
       for (int x = 0; x < 4; x++) {
-        const vf score = load(s + (j + x) * LD);
+        const vf score = load(s + (j + x) * BLOCK_Q);
         p[x] = vexp(Compute::STEP == 1 ? score - m_finite : score * factor - m_finite);
         sum[x] += p[x];
       }
-      store_weights<N>(t.P, j, n, p);
+      store_weights(t.P, j, n, p);
     }
     store(l + n * VW, load(l + n * VW) * rescale + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
     store(m + n * VW, m_new);
@@ -86,60 +84,72 @@ ONEPASS_INLINE bool softmax_tile(Scratch<Compute>& t, float* m, float* l, int64_
   return any_rescaled;
 }
 
-// One tile of keys against one block of N * VW queries.
+// Some rows of a tile of keys against N vectors of a block's queries, of which i0 is the first and `lane` its place.
+template <class Compute, int N>
+ONEPASS_INLINE void attend_part(Scratch<Compute>& t, const AttentionProblem& p, KeyMask mask, float scale, int64_t block,
+                                int64_t lane, int64_t i0, int64_t j0, int64_t keys, Rows rows, bool masked,
+                                Tile<typename Compute::Elem> K, Tile<typename Compute::Elem> V) {
+  constexpr int STEP = Compute::STEP;
+  score_tile<Compute, N, true>(t.S, K, rows, p.head_dim, t.Qt + block * t.q_size + lane * STEP, t.tile_max);
+  if (masked) {
+    mask_tile<N>(t.S, p, mask, i0, j0, keys, rows);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) {
+      vf top = broadcast(NEG_INF);
+      for (int64_t j = rows.begin; j < rows.end; j++) top = vmax(load(t.S + j * BLOCK_Q + n * VW), top);
+      store(t.tile_max + n * VW, top);
+    }
+  }
+  const int64_t statistics = block * BLOCK_Q + lane;
+  const bool rescaled = softmax_tile<Compute, N>(t, t.m + statistics, t.l + statistics, rows, scale);
+  const auto* values = V.data + rows.begin / STEP * V.stride;
+  const auto* weights = t.P + rows.begin * BLOCK_Q;
+  const int64_t steps = ceil_div(min_of(rows.end, keys) - rows.begin, STEP), depth = round_up(p.head_dim_v, TILE_M);
+  float* Ot = t.Ot + block * t.o_size + lane;
+  if (rescaled)
+    multiply_rows<Compute, N, Into::RESCALE_AND_ADD>(depth, steps, values, STEP, V.stride, weights, BLOCK_Q * STEP, Ot,
+                                                     BLOCK_Q, t.rescale);
+  else
+    multiply_rows<Compute, N, Into::ADD>(depth, steps, values, STEP, V.stride, weights, BLOCK_Q * STEP, Ot, BLOCK_Q);
+}
+
+// One tile of keys against one block of up to N vectors of queries.
 template <class Compute, int N>
 ONEPASS_INLINE void attend_tile(Scratch<Compute>& t, const AttentionProblem& p, KeyMask mask, float scale, int64_t block, int64_t i0,
                                 int64_t queries, int64_t j0, int64_t keys, Tile<typename Compute::Elem> K,
                                 Tile<typename Compute::Elem> V) {
-  constexpr int LD = N * VW;
-  const Visible seen = visible(p, mask, i0, queries, j0, keys);
-  if (seen == Visible::NONE) return;
-  score_tile<Compute, N, true>(t.S, K, keys, p.head_dim, t.Qt + block * t.q_size, t.tile_max);
-  const int64_t rows = round_up(keys, TILE_M);
-  if (seen == Visible::SOME) {
-    mask_tile<N>(t.S, p, mask, i0, j0, keys);
-#pragma GCC unroll 4
-    for (int n = 0; n < N; n++) {
-      vf top = broadcast(NEG_INF);
-      for (int64_t j = 0; j < rows; j++) top = vmax(load(t.S + j * LD + n * VW), top);
-      store(t.tile_max + n * VW, top);
-    }
-  }
-  float* Ot = t.Ot + block * t.o_size;
-  const int64_t steps = ceil_div(keys, Compute::STEP);
-  if (softmax_tile<Compute, N>(t, t.m + block * BLOCK_Q, t.l + block * BLOCK_Q, rows, scale))
-    for (int64_t d = 0; d < p.head_dim_v; d += TILE_M)
-      multiply_tile<Compute, TILE_M, N, Into::RESCALE_AND_ADD>(steps, V.data + d * Compute::STEP, Compute::STEP, V.stride, t.P,
-                                                               LD * Compute::STEP, Ot + d * LD, LD, t.rescale);
-  else
-    for (int64_t d = 0; d < p.head_dim_v; d += TILE_M)
-      multiply_tile<Compute, TILE_M, N, Into::ADD>(steps, V.data + d * Compute::STEP, Compute::STEP, V.stride, t.P, LD * Compute::STEP,
-                                                   Ot + d * LD, LD);
+  const TileParts<N> parts(p, mask, i0, queries, j0, keys);
+  if (parts.seen == Visible::NONE) return;
+  if (!parts.by_vector)
+    return attend_part<Compute, N>(t, p, mask, scale, block, 0, i0, j0, keys, {0, round_up(keys, TILE_M)},
+                                   parts.seen == Visible::SOME, K, V);
+  for (int n = 0; n < N; n++)
+    if (!parts.rows[n].empty())
+      attend_part<Compute, 1>(t, p, mask, scale, block, n * VW, i0 + n * VW, j0, keys, parts.rows[n], true, K, V);
 }
 
-template <class Compute, int N, class T>
+template <class Compute, class T>
 ONEPASS_INLINE void begin_block(Scratch<Compute>& t, const AttentionProblem& p, int64_t block, const T* q, const Tensor4& layout,
                                 int64_t queries, float into_q) {
-  pack_transposed<N * VW>(t.Qt + block * t.q_size, q, layout.stride_s, layout.stride_d, queries, p.head_dim, into_q);
-  memset(t.Ot + block * t.o_size, 0, sizeof(float) * (size_t)(round_up(p.head_dim_v, TILE_M) * N * VW));
-  for (int i = 0; i < N * VW; i++) {
+  pack_transposed(t.Qt + block * t.q_size, q, layout.stride_s, layout.stride_d, queries, p.head_dim, into_q);
+  memset(t.Ot + block * t.o_size, 0, sizeof(float) * (size_t)t.o_size);
+  for (int i = 0; i < BLOCK_Q; i++) {
     t.m[block * BLOCK_Q + i] = NEG_INF;
     t.l[block * BLOCK_Q + i] = 0.f;
   }
 }
 
 // out[i][d] = Ot[d][i] / l[i], lse = m + log(l); a query that saw no key gives 0 and -inf.
-template <class Compute, int N, class T>
+template <class Compute, class T>
 ONEPASS_INLINE void end_block(Scratch<Compute>& t, const AttentionProblem& p, int64_t block, T* out, int64_t stride_s, float* lse,
                               int64_t queries) {
-  constexpr int LD = N * VW;
   const float *Ot = t.Ot + block * t.o_size, *m = t.m + block * BLOCK_Q, *l = t.l + block * BLOCK_Q;
-  float inverse[LD];
+  float inverse[BLOCK_Q];
   for (int64_t i = 0; i < queries; i++) {
     inverse[i] = l[i] == 0.f ? 0.f : 1.f / l[i];
     if (lse) lse[i] = m[i] + logf(l[i]);
   }
-  store_transposed<LD>(out, stride_s, Ot, inverse, queries, p.head_dim_v);
+  store_transposed(out, stride_s, Ot, inverse, queries, p.head_dim_v);
 }
 
 // `blocks` consecutive query blocks of one head.
@@ -159,7 +169,7 @@ void attend_head(Scratch<Compute>& t, const AttentionFwdArgs& a, int64_t b, int6
 
   for (int64_t i0 = first_query, block = 0; i0 < end; i0 += block_q, block++) {
     const int64_t count = min_of(block_q, end - i0);
-    ONEPASS_WITH_VECTORS(count, (begin_block<Compute, N>(t, p, block, q + i0 * a.q.stride_s, a.q, count, scale.into_q)));
+    begin_block<Compute>(t, p, block, q + i0 * a.q.stride_s, a.q, count, scale.into_q);
   }
   const int64_t keys_end = end_key(p, end - 1);
   for (int64_t j0 = first_key(p, first_query) / BLOCK_K * BLOCK_K; j0 < keys_end; j0 += BLOCK_K) {
@@ -173,7 +183,7 @@ void attend_head(Scratch<Compute>& t, const AttentionFwdArgs& a, int64_t b, int6
   }
   for (int64_t i0 = first_query, block = 0; i0 < end; i0 += block_q, block++) {
     const int64_t count = min_of(block_q, end - i0);
-    ONEPASS_WITH_VECTORS(count, (end_block<Compute, N>(t, p, block, out + i0 * a.out.stride_s, a.out.stride_s, lse ? lse + i0 : nullptr, count)));
+    end_block(t, p, block, out + i0 * a.out.stride_s, a.out.stride_s, lse ? lse + i0 : nullptr, count);
   }
 }
 

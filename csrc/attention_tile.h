@@ -7,7 +7,7 @@
 #include "micro_kernels.h"
 
 constexpr int BLOCK_K = 64;             // keys in a tile
-constexpr int BLOCK_Q = TILE_N * VW;    // queries in a tile: 48 with AVX-512, 24 with AVX2
+constexpr int BLOCK_Q = TILE_N * VW;    // queries in a tile, and its row length: 48 with AVX-512, 24 with AVX2
 
 // ---- which keys a query sees
 
@@ -50,22 +50,70 @@ ONEPASS_INLINE Visible visible(const AttentionProblem& p, KeyMask mask, int64_t 
   return all ? Visible::ALL : Visible::SOME;
 }
 
-// Sets the unseen scores of a tile to -inf, the rows that only pad it included; ROWS = keys rounded up to TILE_M.
+// Rows of a tile, in whole groups of TILE_M.
+struct Rows {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+  bool has(int64_t r) const { return begin <= r && r < end; }
+};
+
+// The rows that hold every key that one of the queries sees, as far as their positions tell (a key mask is not asked).
+ONEPASS_INLINE Rows rows_seen(const AttentionProblem& p, int64_t i0, int64_t queries, int64_t j0, int64_t keys) {
+  const int64_t first = max_of(0, first_key(p, i0) - j0), end = min_of(keys, end_key(p, i0 + queries - 1) - j0);
+  return first < end ? Rows{first / TILE_M * TILE_M, round_up(end, TILE_M)} : Rows{0, 0};
+}
+
+struct Vectors {  // of a block's queries
+  int begin, end;
+  bool operator==(Vectors other) const { return begin == other.begin && end == other.end; }
+};
+
+// How a tile of scores is worked on: all vectors of queries together; or, where positions hide a whole group of rows
+// from one of them (on the causal diagonal, at the edges of a window), one vector at a time, each with the rows it sees.
 template <int N>
-ONEPASS_INLINE void mask_tile(float* S, const AttentionProblem& p, KeyMask mask, int64_t i0, int64_t j0, int64_t keys) {
-  constexpr int LD = N * VW;
-  for (int64_t r = 0; r < round_up(keys, TILE_M); r++) {
+struct TileParts {
+  const Visible seen;
+  bool by_vector = false;
+  Rows rows[N];  // of each vector
+
+  TileParts(const AttentionProblem& p, KeyMask mask, int64_t i0, int64_t queries, int64_t j0, int64_t keys)
+      : seen(visible(p, mask, i0, queries, j0, keys)) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) {
+      const int64_t lane = n * VW, count = min_of(VW, queries - lane);
+      rows[n] = seen == Visible::ALL ? Rows{0, keys} : rows_seen(p, i0 + lane, count, j0, keys);
+      by_vector |= rows[n].begin > 0 || rows[n].end < keys;
+    }
+  }
+
+  // The vectors that have row r; adjacent ones, because both ends of what a query sees grow with the query.
+  Vectors vectors_seeing(int64_t r) const {
+    Vectors v = {0, N};
+    while (v.begin < N && !rows[v.begin].has(r)) v.begin++;
+    while (v.end > v.begin && !rows[v.end - 1].has(r)) v.end--;
+    return v;
+  }
+};
+
+// Sets the unseen scores of these rows to -inf, rows that only pad the tile's keys included; i0 is the first lane's
+// query.
+template <int N>
+ONEPASS_INLINE void mask_tile(float* S, const AttentionProblem& p, KeyMask mask, int64_t i0, int64_t j0, int64_t keys,
+                              Rows rows) {
+  constexpr int LANES = N * VW;
+  for (int64_t r = rows.begin; r < rows.end; r++) {
     const int64_t j = j0 + r;
     // Key j is seen by the queries i0 + lane with low <= lane <= high.
     int64_t low = p.window_right < 0 ? 0 : j - p.shift - p.window_right - i0;
-    int64_t high = p.window_left < 0 ? LD : j - p.shift + p.window_left - i0;
-    if (r >= keys || !mask.sees(j)) low = LD;
-    if (low <= 0 && high >= LD - 1) continue;
-    const vi lo = broadcast_int((int32_t)max_of(0, min_of(low, LD))), hi = broadcast_int((int32_t)max_of(-1, min_of(high, LD)));
+    int64_t high = p.window_left < 0 ? LANES : j - p.shift + p.window_left - i0;
+    if (r >= keys || !mask.sees(j)) low = LANES;
+    if (low <= 0 && high >= LANES - 1) continue;
+    const vi lo = broadcast_int((int32_t)max_of(0, min_of(low, LANES)));
+    const vi hi = broadcast_int((int32_t)max_of(-1, min_of(high, LANES)));
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) {
       const vi lane = lanes() + n * VW;
-      float* s = S + r * LD + n * VW;
+      float* s = S + r * BLOCK_Q + n * VW;
       store(s, (lane >= lo) & (lane <= hi) ? load(s) : broadcast(NEG_INF));
     }
   }
@@ -73,12 +121,12 @@ ONEPASS_INLINE void mask_tile(float* S, const AttentionProblem& p, KeyMask mask,
 
 // ---- packing
 
-// dst[d][i] = src[i][d] * scale for i < rows, 0 up to LD; d < depth.
-template <int LD, class T>
+// dst[d][i] = src[i][d] * scale for i < rows, 0 up to whole vectors; d < depth.
+template <class T>
 ONEPASS_INLINE void pack_transposed(float* dst, const T* src, int64_t stride_s, int64_t stride_d, int64_t rows, int64_t depth,
                                     float scale) {
   const vf factor = broadcast(scale);
-  for (int64_t i = 0; i < LD; i += VW) {
+  for (int64_t i = 0; i < rows; i += VW) {
     int64_t d = 0;
     if (stride_d == 1)
       for (; d + VW <= depth; d += VW) {
@@ -87,11 +135,11 @@ ONEPASS_INLINE void pack_transposed(float* dst, const T* src, int64_t stride_s, 
         for (int x = 0; x < VW; x++) block[x] = i + x < rows ? load(src + (i + x) * stride_s + d) * factor : (vf){};
         transpose(block);
 #pragma GCC unroll 16
-        for (int x = 0; x < VW; x++) store(dst + (d + x) * LD + i, block[x]);
+        for (int x = 0; x < VW; x++) store(dst + (d + x) * BLOCK_Q + i, block[x]);
       }
     for (; d < depth; d++)
       for (int x = 0; x < VW; x++)
-        dst[d * LD + i + x] = i + x < rows ? to_float(src[(i + x) * stride_s + d * stride_d]) * scale : 0.f;
+        dst[d * BLOCK_Q + i + x] = i + x < rows ? to_float(src[(i + x) * stride_s + d * stride_d]) * scale : 0.f;
   }
 }
 
@@ -114,6 +162,10 @@ ONEPASS_INLINE void pack_rows(float* dst, int64_t ld, int64_t padded_rows, const
 #if ONEPASS_BF16_DOT
 ONEPASS_INLINE __m512i load_words(const bf16* p) { return _mm512_loadu_si512(p); }
 ONEPASS_INLINE void store_words(bf16* p, __m512i v) { _mm512_storeu_si512(p, v); }
+// The first `count` of 32, then zeros; nothing past them is touched.
+ONEPASS_INLINE __m512i load_words(const bf16* p, int64_t count) {
+  return count >= 2 * VW ? load_words(p) : _mm512_maskz_loadu_epi16(((__mmask32)1 << count) - 1, p);
+}
 
 // (a0 b0 a1 b1 ...) of the lower and of the upper 16 of 32 bf16.
 ONEPASS_INLINE __m512i pair_low(__m512i a, __m512i b) {
@@ -127,27 +179,38 @@ ONEPASS_INLINE __m512i pair_high(__m512i a, __m512i b) {
   return _mm512_permutex2var_epi16(a, index, b);
 }
 
-// dst[d / 2][i][d % 2] = src[i][d] * sign for i < rows, 0 up to LD; an odd depth is padded with zeros. sign is 1, -1 or 0.
-template <int LD>
+// (a0 b0 a1 b1 ...) of the 32 bf16 a0 ... a15 b0 ... b15.
+ONEPASS_INLINE __m512i pair_halves(__m512i a_then_b) {
+  const __m512i index = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(index, a_then_b);
+}
+
+// dst[d / 2][i][d % 2] = src[i][d] * sign for i < rows, 0 up to whole vectors; an odd depth is padded with zeros. sign
+// is 1, -1 or 0.
 ONEPASS_INLINE void pack_transposed(bf16* dst, const bf16* src, int64_t stride_s, int64_t stride_d, int64_t rows, int64_t depth,
                                     float sign) {
   const __m512i flip = _mm512_set1_epi32(sign < 0 ? (int)0x80008000 : 0);
-  for (int64_t i = 0; i < LD; i += VW) {
+  for (int64_t i = 0; i < rows; i += VW) {
     int64_t d = 0;
     if (stride_d == 1 && sign != 0)
-      for (; d + 2 * VW <= depth; d += 2 * VW) {
+      for (; d < depth; d += 2 * VW) {
         vf block[VW];
 #pragma GCC unroll 16
-        for (int x = 0; x < VW; x++)
-          block[x] = i + x < rows ? (vf)_mm512_xor_si512(load_words(src + (i + x) * stride_s + d), flip) : (vf){};
+        for (int x = 0; x < VW; x++) {
+          const bf16* from = src + (i + x) * stride_s + d;
+          block[x] = i + x < rows ? (vf)_mm512_xor_si512(load_words(from, depth - d), flip) : (vf){};
+        }
         transpose(block);
 #pragma GCC unroll 16
-        for (int x = 0; x < VW; x++) store_words(dst + ((d / 2 + x) * LD + i) * 2, (__m512i)block[x]);
+        for (int x = 0; x < VW; x++)
+          if (d + 2 * x < depth) store_words(dst + ((d / 2 + x) * BLOCK_Q + i) * 2, (__m512i)block[x]);
       }
     for (; d < round_up(depth, 2); d++)
       for (int x = 0; x < VW; x++) {
         const bool inside = i + x < rows && d < depth;
-        from_float(inside ? to_float(src[(i + x) * stride_s + d * stride_d]) * sign : 0.f, dst + (d / 2 * LD + i + x) * 2 + d % 2);
+        from_float(inside ? to_float(src[(i + x) * stride_s + d * stride_d]) * sign : 0.f,
+                   dst + (d / 2 * BLOCK_Q + i + x) * 2 + d % 2);
       }
   }
 }
@@ -170,12 +233,22 @@ ONEPASS_INLINE void pack_row_pairs(bf16* dst, int64_t ld, const bf16* src, int64
     const bool first = mask.sees(r), second = r + 1 < rows && mask.sees(r + 1);
     bf16* out = dst + r * ld;
     int64_t d = 0;
-    if (stride_d == 1)
+    if (stride_d == 1) {
       for (; d + 2 * VW <= depth; d += 2 * VW) {
         const __m512i low = first ? load_words(a + d) : zero, high = second ? load_words(b + d) : zero;
         store_words(out + 2 * d, pair_low(low, high));
         store_words(out + 2 * d + 2 * VW, pair_high(low, high));
       }
+      if (d < depth) {
+        const __m512i low = first ? load_words(a + d, depth - d) : zero;
+        const __m512i high = second ? load_words(b + d, depth - d) : zero;
+        bf16 pairs[4 * VW];
+        store_words(pairs, pair_low(low, high));
+        store_words(pairs + 2 * VW, pair_high(low, high));
+        memcpy(out + 2 * d, pairs, sizeof(bf16) * 2 * (size_t)min_of(2 * VW, ld - d));
+        d += 2 * VW;
+      }
+    }
     for (; d < ld; d++) {
       out[2 * d] = first && d < depth ? a[d * stride_d] : bf16{0};
       out[2 * d + 1] = second && d < depth ? b[d * stride_d] : bf16{0};
@@ -186,8 +259,8 @@ ONEPASS_INLINE void pack_row_pairs(bf16* dst, int64_t ld, const bf16* src, int64
 
 // ---- unpacking
 
-// dst[i][d] = src[d][i] * factor[i] for i < rows, d < depth; src has LD lanes a row, dst any row stride and adjacent features.
-template <int LD, class T>
+// dst[i][d] = src[d][i] * factor[i] for i < rows, d < depth; dst has any row stride and adjacent features.
+template <class T>
 ONEPASS_INLINE void store_transposed(T* dst, int64_t stride_s, const float* src, const float* factor, int64_t rows, int64_t depth) {
   for (int64_t i = 0; i < rows; i += VW) {
     const int64_t count = min_of(VW, rows - i);
@@ -195,12 +268,12 @@ ONEPASS_INLINE void store_transposed(T* dst, int64_t stride_s, const float* src,
     for (; d + VW <= depth; d += VW) {
       vf block[VW];
 #pragma GCC unroll 16
-      for (int x = 0; x < VW; x++) block[x] = load(src + (d + x) * LD + i);
+      for (int x = 0; x < VW; x++) block[x] = load(src + (d + x) * BLOCK_Q + i);
       transpose(block);
       for (int64_t x = 0; x < count; x++) store(dst + (i + x) * stride_s + d, block[x] * broadcast(factor[i + x]));
     }
     for (; d < depth; d++)
-      for (int64_t x = 0; x < count; x++) from_float(src[d * LD + i + x] * factor[i + x], dst + (i + x) * stride_s + d);
+      for (int64_t x = 0; x < count; x++) from_float(src[d * BLOCK_Q + i + x] * factor[i + x], dst + (i + x) * stride_s + d);
   }
 }
 
@@ -257,15 +330,16 @@ ONEPASS_INLINE Tile<bf16> value_tile(Bf16Pairs, bf16* scratch, const bf16* src, 
 
 // ---- the score product
 
-// S^T = K x Q^T for one tile. With COLUMN_MAX also the largest score of each query (valid for tiles with nothing masked).
+// S^T = K x Q^T for some rows of a tile. With COLUMN_MAX also the largest score of each query (valid if nothing is
+// masked).
 template <class Compute, int N, bool COLUMN_MAX>
-ONEPASS_INLINE void score_tile(float* S, Tile<typename Compute::Elem> K, int64_t keys, int64_t depth,
+ONEPASS_INLINE void score_tile(float* S, Tile<typename Compute::Elem> K, Rows rows, int64_t depth,
                                const typename Compute::Elem* Qt, float* tile_max) {
+  constexpr int STEP = Compute::STEP;
   for (int n = 0; COLUMN_MAX && n < N * VW; n++) tile_max[n] = NEG_INF;
-  for (int64_t j = 0; j < keys; j += TILE_M)
-    multiply_tile<Compute, TILE_M, N, Into::OVERWRITE, COLUMN_MAX>(ceil_div(depth, Compute::STEP), K.data + j * K.stride, K.stride,
-                                                                   Compute::STEP, Qt, N * VW * Compute::STEP, S + j * N * VW,
-                                                                   N * VW, nullptr, tile_max);
+  multiply_rows<Compute, N, Into::OVERWRITE, COLUMN_MAX>(
+      rows.end - rows.begin, ceil_div(depth, STEP), K.data + rows.begin * K.stride, K.stride, STEP, Qt, BLOCK_Q * STEP,
+      S + rows.begin * BLOCK_Q, BLOCK_Q, nullptr, tile_max);
 }
 
 // softmax_scale goes into Q where that costs no precision to speak of; bf16 takes its sign (exactly), the magnitude comes after.

@@ -83,3 +83,19 @@ ONEPASS_INLINE void multiply_tile(int64_t K, const typename Compute::Elem* A, in
     }
   }
 }
+
+// Any multiple of TILE_M rows. A single vector takes eight rows at once where it can: with four sums the multiply-add
+// units would wait for each other.
+template <class Compute, int N, Into INTO, bool COLUMN_MAX = false>
+ONEPASS_INLINE void multiply_rows(int64_t rows, int64_t K, const typename Compute::Elem* A, int64_t stride_m,
+                                  int64_t stride_k, const typename Compute::Elem* B, int64_t ldb, float* C, int64_t ldc,
+                                  const float* rescale = nullptr, float* running_max = nullptr) {
+  constexpr int TALL_M = N == 1 ? 8 : TILE_M;
+  int64_t m = 0;
+  for (; m + TALL_M <= rows; m += TALL_M)
+    multiply_tile<Compute, TALL_M, N, INTO, COLUMN_MAX>(K, A + m * stride_m, stride_m, stride_k, B, ldb, C + m * ldc,
+                                                        ldc, rescale, running_max);
+  for (; TALL_M > TILE_M && m < rows; m += TILE_M)
+    multiply_tile<Compute, TILE_M, N, INTO, COLUMN_MAX>(K, A + m * stride_m, stride_m, stride_k, B, ldb, C + m * ldc,
+                                                        ldc, rescale, running_max);
+}

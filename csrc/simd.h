@@ -46,6 +46,10 @@ ONEPASS_INLINE void store(float* p, vf v) { *(vf_unaligned*)p = v; }
 ONEPASS_INLINE vf vmax(vf a, vf b) {
 #if ONEPASS_VW == 16
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif ONEPASS_VW == 8
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (vf)_mm_max_ps((__m128)a, (__m128)b);
 #else
   return a > b ? a : b;
 #endif
@@ -55,6 +59,8 @@ ONEPASS_INLINE vf vmax(vf a, vf b) {
 ONEPASS_INLINE bool any(vi v) {
 #if ONEPASS_VW == 16
   return _mm512_test_epi32_mask((__m512i)v, (__m512i)v);
+#elif ONEPASS_VW == 8
+  return _mm256_movemask_ps((__m256)v);
 #else
   int32_t bits = 0;
 #pragma GCC unroll 16
@@ -199,14 +205,15 @@ constexpr float EXP2_COEFFICIENTS[] = {1.00000007165f,   0.693146967065f,   0.24
                                        0.0555071327186f, 0.00967554134312f, 0.0013276472632f};
 #endif
 
-// 2^x for x <= 127; 2^-inf is 0 and NaN stays NaN. Without AVX-512, results below 2^-126 are flushed to 0.
+// 2^x for x <= 127; 2^-inf is 0 and NaN stays NaN. Without AVX-512, results below 2^-126.5 are 0.
 ONEPASS_INLINE vf vexp2(vf x) {
 #if ONEPASS_VW == 16
   const vf f = (vf)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x); 0 for infinities
 #else
-  const vf clamped = x < broadcast(-127.f) ? broadcast(-127.f) : x;  // NaN passes
-  const vf shifted = clamped + broadcast(0x1.8p23f);                 // rounds to an integer in the low mantissa bits
-  const vf f = clamped - (shifted - broadcast(0x1.8p23f));
+  // The sum rounds to an integer. With 127 added that stands in the low mantissa bits: moved up it is 2^(x - f).
+  const vf clamped = vmax(broadcast(-127.f), x);  // NaN passes
+  const vf shift = broadcast(0x1.8p23f + 127.f), shifted = clamped + shift;
+  const vf f = clamped - (shifted - shift);
 #endif
   vf p = broadcast(EXP2_COEFFICIENTS[5]);
 #pragma GCC unroll 8
@@ -214,9 +221,7 @@ ONEPASS_INLINE vf vexp2(vf x) {
 #if ONEPASS_VW == 16
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
-  const vf scaled = (vf)((vi)p + ((vi)shifted << 23));
-  const vf flushed = x < broadcast(-126.f) ? (vf){} : scaled;
-  return x == x ? flushed : x;  // the exponent added to a NaN's bits would make it a number
+  return p * (vf)((vi)shifted << 23);
 #endif
 }
 

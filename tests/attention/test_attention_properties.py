@@ -73,8 +73,8 @@ def test_decode_is_the_last_row_of_prefill(fused: str, dtype: torch.dtype, gener
     prefill, prefill_lse = onepass.attention(q, k, v, causal=True, return_lse=True, backend=fused)
     for last in (1, 3):
         out, lse = onepass.attention_decode(q[:, -last:], k, v, return_lse=True, backend=fused)
-        eps = torch.finfo(dtype).eps
-        torch.testing.assert_close(out, prefill[:, -last:], rtol=4 * eps, atol=4 * eps)
+        eps = torch.finfo(dtype).eps  # two kernels, each a few roundings of terms as large as v from the exact value
+        torch.testing.assert_close(out, prefill[:, -last:], rtol=0, atol=4 * eps * float(v.abs().max()))
         torch.testing.assert_close(lse, prefill_lse[:, :, -last:], rtol=1e-5, atol=1e-5)
 
 

@@ -81,7 +81,8 @@ def commit() -> str:
     if not (here / "src" / "onepass").is_dir():
         return ""
     name = _git(here, "rev-parse", "HEAD")
-    return f"{name}-dirty" if name and _git(here, "status", "--porcelain", "--untracked-files=no") else name
+    changed = _git(here, "status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks")  # results may change
+    return f"{name}-dirty" if name and changed else name
 
 
 def facts(num_threads: int) -> dict[str, object]:

@@ -98,7 +98,7 @@ class KernelTable:
     spec: Callable[..., Any]
     kernels: Sequence[Kernel]
     launchers: dict[tuple[tuple[Any, ...], str], Launcher] = field(default_factory=dict, repr=False)
-    directs: dict[str, Launcher] = field(default_factory=dict, repr=False)
+    directs: dict[tuple[str, bool], Launcher] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.kernels = sorted(self.kernels, key=lambda kernel: -kernel.priority)
@@ -149,17 +149,20 @@ def _declines(call: tuple[Any, ...]) -> None:
     return None
 
 
-def direct(table: KernelTable, backend: str = "") -> Launcher:
-    """The direct launcher of the best kernel that has one, or of `backend`; else one that declines every call."""
+def direct(table: KernelTable, backend: str, on_cpu: bool) -> Launcher:
+    """The direct launcher of the best kernel for such a device, or of `backend`; else one that declines every call."""
     try:
-        return table.directs[backend]
+        return table.directs[backend, on_cpu]
     except KeyError:
         paths = [
             kernel.direct
             for kernel in table.kernels
-            if kernel.direct and kernel.backend == (backend or kernel.backend) and kernel.unavailable() is None
+            if kernel.direct
+            and (kernel.shown_on == "cpu") == on_cpu
+            and kernel.backend == (backend or kernel.backend)
+            and kernel.unavailable() is None
         ]
-        launcher = table.directs[backend] = _import(paths[0]) if paths else _declines
+        launcher = table.directs[backend, on_cpu] = _import(paths[0]) if paths else _declines
         return launcher
 
 

@@ -23,6 +23,11 @@ def as_rows(x: Tensor) -> Tensor:
     return x.contiguous().view(-1, columns)
 
 
+def as_row(x: Tensor | None) -> Tensor | None:
+    """A parameter with adjacent elements; None stays None."""
+    return None if x is None else x.contiguous()
+
+
 def empty_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """An uninitialised value for each row: x's shape without its last dimension."""
     return torch.empty(x.shape[:-1], dtype=dtype, device=x.device)

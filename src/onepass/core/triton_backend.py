@@ -34,9 +34,9 @@ def unavailable() -> str | None:
     return None
 
 
-def row(unsupported: Callable[[Any], list[str]], launcher: str) -> Kernel:
+def row(unsupported: Callable[[Any], list[str]], launcher: str, direct: str | None = None) -> Kernel:
     """A Triton kernel's row in a table. Its priority matters only in the interpreter, where `cpu` goes before it."""
-    return Kernel("triton", 5, unsupported, launcher, unavailable=unavailable, shown_on="sm_90")
+    return Kernel("triton", 5, unsupported, launcher, unavailable=unavailable, direct=direct, shown_on="sm_90")
 
 
 def unsupported_arch(arch: str) -> list[str]:
@@ -56,18 +56,25 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-# launch(...): the compiled kernel is found by what Triton itself specialises on, without Triton's 10 us of binding.
-_Launch = Callable[..., None]
+def interpreted(device: torch.device) -> bool:
+    """Whether kernels on this device run in the interpreter, one program after the other."""
+    return device.type == "cpu"
+
+
+# What a launch of a new kind needs: the arguments before the constexprs, with tensors, the constexprs, num_warps.
+Description = tuple[Sequence[Any], dict[str, Any], int]
 
 
 class Launcher:
-    """A @triton.jit function whose launches cost 2 us of host time once it is compiled.
+    """A @triton.jit function whose launches cost 3 us of host time once it is compiled, where Triton's own cost 20.
 
-        _kernel = Launcher(_norm_fwd_kernel, ("BLOCK_ROWS", "BLOCK_COLS"))
-        _kernel((programs, 1, 1), x.device, arguments, {"BLOCK_ROWS": 1, "BLOCK_COLS": 4096}, num_warps=8)
+        _kernel = Launcher(_norm_fwd_kernel)
+        _kernel(key, (programs, 1, 1), x.device, numbers, describe)
 
-    `arguments` are those before the constexprs, in order: tensors (or None), ints and floats. Triton specialises a
-    kernel on dtypes, on pointers divisible by 16, and on ints that are 1 or divisible by 16; so does the key here.
+    `numbers` are the arguments before the constexprs with pointers as ints (x.data_ptr(), 0 for None). `describe()`
+    gives the same with tensors, and the rest, when a kind of launch is new. `key` must tell kinds apart: all that
+    Triton specialises on (dtypes, constexprs, num_warps, pointers and ints divisible by 16, ints that are 1 or of more
+    than 32 bits).
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -76,41 +83,64 @@ class Launcher:
 
     def __call__(
         self,
+        key: Any,
         grid: tuple[int, int, int],
         device: torch.device,
-        arguments: Sequence[Any],
-        constants: dict[str, Any],
-        **options: Any,
+        numbers: Sequence[int | float],
+        describe: Callable[[], Description],
     ) -> None:
-        if device.type != "cuda":  # the interpreter
-            self.kernel[grid](*arguments, **constants, **options)
-            return
-        key = (device.index, tuple(map(_specialisation, arguments)), *constants.values(), *options.values())
-        compiled = self._compiled.get(key)
-        if device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self._launch(compiled, key, grid, arguments, constants, options)
+        index = device.index
+        known = self._compiled.get((index, key))
+        if known is not None and _current_device() == index:
+            run, function, metadata, constants = known
+            run(*grid, _current_stream(index), function, metadata, None, None, None, *numbers, *constants)
+        elif device.type != "cuda" or _current_device() == index:
+            self._launch(known, (index, key), grid, device, describe)
         else:
-            self._launch(compiled, key, grid, arguments, constants, options)
+            with torch.cuda.device(device):
+                self._launch(known, (index, key), grid, device, describe)
+
+    def compiled(self, index: int, key: Any) -> Any:
+        """What `run` takes, for a kind of launch that has been compiled, on the current device; None for any other."""
+        return self._compiled.get((index, key)) if _current_device() == index else None
+
+    @staticmethod
+    def run(compiled: Any, programs: int, index: int, *numbers: int | float) -> None:
+        """Launches what `compiled` gave."""
+        run, function, metadata, constants = compiled
+        run(programs, 1, 1, _current_stream(index), function, metadata, None, None, None, *numbers, *constants)
 
     def _launch(
         self,
-        compiled: Any,
+        known: Any,
         key: Any,
         grid: tuple[int, int, int],
-        arguments: Sequence[Any],
-        constants: Any,
-        options: Any,
+        device: torch.device,
+        describe: Callable[[], Description],
     ) -> None:
-        if compiled is None:
-            self._compiled[key] = self.kernel[grid](*arguments, **constants, **options)
-        else:
-            compiled[grid](*arguments, *constants.values())
+        arguments, constants, num_warps = describe()
+        compiled = self.kernel[grid](*arguments, **constants, num_warps=num_warps)
+        if known is None and device.type == "cuda":
+            values = tuple(constants.values())
+            self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, values
 
 
-def _specialisation(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
-    return type(argument)
+def aligned(*pointers: int) -> bool:
+    """Whether all are divisible by 16, as loads of 16 bytes need it."""
+    together = 0
+    for pointer in pointers:
+        together |= pointer
+    return together & 15 == 0
+
+
+def specialised(*numbers: int) -> tuple[int, ...]:
+    """What of these ints a kernel is compiled for, to go into a key: 1, divisible by 16, more than 32 bits."""
+    return tuple([(n == 1) | (n % 16 == 0) << 1 | (n >= 2**31) << 2 for n in numbers])
+
+
+def pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+_current_device: Callable[[], int] = torch._C._cuda_getDevice if hasattr(torch._C, "_cuda_getDevice") else lambda: -1
+_current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)

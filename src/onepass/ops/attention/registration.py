@@ -256,7 +256,9 @@ def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Te
     if do is None:
         do = torch.zeros_like(out)
     needs = (need_q, need_k or need_v, need_bias, need_sink)
-    dq, dk, dv, dbias, dsink = _backward_op(do, dlse, q, k, v, out, lse, *optional, *options, *needs, backend)
+    call = (do, dlse, q, k, v, out, lse, *optional, *options, *needs, backend)
+    plain = dlse is None and torch_compat.below_dispatcher(q, k, v) and torch_compat.below_dispatcher(do, out, lse)
+    dq, dk, dv, dbias, dsink = _backward(*call) if plain else _backward_op(*call)
     return (
         dq if need_q else None,
         dk if need_k else None,
@@ -339,7 +341,7 @@ _register()
 
 def attention_fwd(call: tuple[Any, ...], need_lse: bool) -> tuple[Tensor, Tensor | None]:
     if call[3] is None and call[5] is None and torch_compat.below_dispatcher(call[0], call[1], call[2]):
-        if not need_lse and (out := direct(kernels.FORWARD, call[-1])(call)) is not None:
+        if not need_lse and (out := direct(kernels.FORWARD, call[-1], call[0].is_cpu)(call)) is not None:
             return out, None
         out, lse = _forward(*call)
         return out, lse
@@ -349,7 +351,7 @@ def attention_fwd(call: tuple[Any, ...], need_lse: bool) -> tuple[Tensor, Tensor
 
 def attention_decode(call: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     if call[6] is None and torch_compat.below_dispatcher(call[0], call[1], call[2]):
-        if (out := direct(kernels.DECODE, call[-1])(call)) is not None:
+        if (out := direct(kernels.DECODE, call[-1], call[0].is_cpu)(call)) is not None:
             return out, None
         return _decode(*call)
     out, lse = _decode_op(*call)

@@ -1,5 +1,6 @@
 """rms_norm and layer_norm: defaults and checks of the options."""
 
+import math
 from typing import Any, NoReturn
 
 import torch
@@ -99,10 +100,17 @@ def _canonical(
     backend: str | None,
 ) -> tuple[Any, ...]:
     """The arguments of the operation norm_fwd."""
-    checks.require_tensors(x=x, weight=weight, bias=bias, residual=residual)
-    eps = checks.finite_float("eps", eps)
-    if eps < 0:
-        raise ValueError(f"eps must be at least 0, got {eps}")
+    if not (
+        isinstance(x, Tensor)
+        and (weight is None or isinstance(weight, Tensor))
+        and (bias is None or isinstance(bias, Tensor))
+        and (residual is None or isinstance(residual, Tensor))
+    ):
+        checks.require_tensors(x=x, weight=weight, bias=bias, residual=residual)
+    if type(eps) is not float or not 0.0 <= eps < math.inf:
+        eps = checks.finite_float("eps", eps)
+        if eps < 0:
+            raise ValueError(f"eps must be at least 0, got {eps}")
     if offset != 0.0:
         offset = checks.finite_float("offset", offset)
         if weight is None:

@@ -117,6 +117,7 @@ CASES = [
     *_both("4096 columns", shape=(9, 4096)),
     *_both("5000 columns", shape=(3, 5000)),
     *_both("20000 columns", shape=(3, 20000)),
+    *_both("70000 columns", shape=(2, 70000)),
     *_both("residual", residual=True),
     *_both("residual, 20000 columns", shape=(2, 20000), residual=True),
     *_both("fp32 weight", weight_dtype=torch.float32),

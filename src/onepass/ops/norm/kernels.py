@@ -46,7 +46,11 @@ def _table(op: str, function: str, module: str) -> KernelTable:
         NormSpec,
         [
             Kernel("cpu", 10, _cpu_unsupported, f"{_OPS}.cpu:{function}", unavailable=cpu_library.unavailable),
-            triton_backend.row(_triton_unsupported, f"{_OPS}.triton.{module}:{function}"),
+            triton_backend.row(
+                _triton_unsupported,
+                f"{_OPS}.triton.{module}:{function}",
+                direct=f"{_OPS}.triton.{module}:direct_forward" if function == "forward" else None,
+            ),
             Kernel(
                 "reference",
                 0,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from onepass.core import torch_compat
 from onepass.core.operation import Operation
-from onepass.core.registry import select
+from onepass.core.registry import direct, select
 from onepass.ops.norm import kernels, spec
 
 Tensors = tuple[Tensor, ...]
@@ -128,6 +128,8 @@ forward = Operation(
 def norm(call: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     """y and residual_out, for the arguments of norm_fwd: past the dispatcher when it has nothing to add."""
     if torch_compat.below_dispatcher(*call[:4]):
+        if (y := direct(kernels.FORWARD, call[-1], call[0].is_cpu)(call)) is not None:
+            return y, None
         arguments = call[:-1]
         launcher = select(kernels.FORWARD, spec.norm_facts(*arguments), call[-1])
         y, residual_out, _, _ = launcher(*arguments, statistics=False)

@@ -1,7 +1,8 @@
 """rms_norm and layer_norm on GPUs, backward.
 
 Programs go through the rows with what they add to dweight and dbias in registers, leave it as one partial each, and a
-second kernel adds the partials in order: no atomics, the same bits every time.
+second kernel adds the partials in order: no atomics, the same bits every time. A row wider than a tile is shared by a
+group of programs, each with its own columns, which tell each other their sums through memory.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepass.core.rows import as_rows
-from onepass.core.triton_backend import Launcher, multiprocessors
-from onepass.ops.norm.triton.config import backward_config
-
-# Row blocks a program of the wide kernels goes through for one block of columns.
-_WIDE_ROW_SPLITS = 8
+from onepass.core.rows import as_row, as_rows
+from onepass.core.triton_backend import Description, Launcher, aligned, interpreted, multiprocessors, pointer
+from onepass.ops.norm.triton.config import (
+    BACKWARD_WIDE,
+    BACKWARD_WIDE_PROGRAMS_PER_SM,
+    LARGEST_TILE,
+    backward_rows,
+)
+from onepass.ops.norm.triton.exchange import collect, start_exchange, tell, ticket
 
 
 @triton.jit
@@ -32,7 +36,8 @@ def _rows_bwd_kernel(
         scale = tl.load(weight_ptr + col, mask=col < columns, other=0.0).to(tl.float32) + offset
     dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    for start in tl.range(program * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
+    # Staged: the next tiles travel to shared memory while this one is worked on.
+    for start in tl.range(program * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS, num_stages=3):
         row = start + tl.arange(0, BLOCK_ROWS)[:, None].to(tl.int64)
         mask = (row < rows) & (col < columns)
         xhat = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
@@ -63,64 +68,77 @@ def _rows_bwd_kernel(
 
 
 @triton.jit
-def _wide_sums_kernel(
-    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, sums_ptr, columns, stride_dy, stride_x, offset,
-    CENTER: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_COLS: tl.constexpr,
-):  # fmt: skip
-    """sums (rows, 2): the means of g * xhat and of g over a row."""
-    row = tl.program_id(0).to(tl.int64)
-    rstd = tl.load(rstd_ptr + row)
-    mean = tl.load(mean_ptr + row) if CENTER else 0.0
-    sum_gx = tl.zeros((BLOCK_COLS,), tl.float32)
-    sum_g = tl.zeros((BLOCK_COLS,), tl.float32)
-    for start in tl.range(0, columns, BLOCK_COLS):
-        col = start + tl.arange(0, BLOCK_COLS)
-        mask = col < columns
-        x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(dy_ptr + row * stride_dy + col, mask=mask, other=0.0).to(tl.float32)
-        if HAS_WEIGHT:
-            g *= tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32) + offset
-        sum_gx += g * ((x - mean) * rstd)
-        sum_g += g
-    tl.store(sums_ptr + row * 2, tl.sum(sum_gx, 0) / columns)
-    tl.store(sums_ptr + row * 2 + 1, tl.sum(sum_g, 0) / columns)
+def _load_row(ptr, row, rows, stride, col, mask):
+    return tl.load(ptr + row * stride + col, mask=mask & (row < rows), other=0.0)
+
+
+@triton.jit
+def _scaled(g, scale, HAS_WEIGHT: tl.constexpr):
+    g = g.to(tl.float32)
+    if HAS_WEIGHT:
+        g *= scale
+    return g
+
+
+@triton.jit
+def _normalised(x, row, rows, mask, mean_ptr, rstd_ptr, CENTER: tl.constexpr):
+    xhat = x.to(tl.float32)
+    if CENTER:
+        xhat = tl.where(mask, xhat - tl.load(mean_ptr + row, mask=row < rows, other=0.0), 0.0)
+    return xhat * tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
 
 
 @triton.jit
 def _wide_bwd_kernel(
-    dy_ptr, dresidual_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, sums_ptr, dx_ptr, dweight_ptr, dbias_ptr,
-    rows, columns, stride_dy, stride_dresidual, stride_x, offset,
+    dy_ptr, dresidual_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, exchange_ptr,
+    rows, columns, stride_dy, stride_dresidual, stride_x, offset, groups, members,
     CENTER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DRESIDUAL: tl.constexpr, NEED_DX: tl.constexpr,
-    NEED_DWEIGHT: tl.constexpr, NEED_DBIAS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    NEED_DWEIGHT: tl.constexpr, NEED_DBIAS: tl.constexpr, BLOCK_COLS: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns of every n-th row."""
-    col = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    program = ticket(exchange_ptr)
+    member, group = program % members, program // members
+    col = member * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     mask = col < columns
+    scale = tl.full((BLOCK_COLS,), 1.0, tl.float32)
     if HAS_WEIGHT:
         scale = tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32) + offset
     dweight = tl.zeros((BLOCK_COLS,), tl.float32)
     dbias = tl.zeros((BLOCK_COLS,), tl.float32)
-    for row_32 in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
-        row = tl.full((), 0, tl.int64) + row_32
-        rstd = tl.load(rstd_ptr + row)
-        mean = tl.load(mean_ptr + row) if CENTER else 0.0
-        xhat = (tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
-        g = tl.load(dy_ptr + row * stride_dy + col, mask=mask, other=0.0).to(tl.float32)
+    row = tl.full((), 0, tl.int64) + group
+    # Three rows are under way: this one waits for the others' sums, the next one's sums are told, the third is loading.
+    x, g = _load_row(x_ptr, row, rows, stride_x, col, mask), _load_row(dy_ptr, row, rows, stride_dy, col, mask)
+    after = row + groups
+    next_x = _load_row(x_ptr, after, rows, stride_x, col, mask)
+    next_g = _load_row(dy_ptr, after, rows, stride_dy, col, mask)
+    if NEED_DX:
+        wide = _scaled(g, scale, HAS_WEIGHT)
+        xhat = _normalised(x, row, rows, mask, mean_ptr, rstd_ptr, CENTER)
+        tell(exchange_ptr, row, rows, member, members, tl.sum(wide * xhat, 0), tl.sum(wide, 0))
+    while row < rows:
+        third = after + groups
+        third_x = _load_row(x_ptr, third, rows, stride_x, col, mask)
+        third_g = _load_row(dy_ptr, third, rows, stride_dy, col, mask)
+        xhat = _normalised(x, row, rows, mask, mean_ptr, rstd_ptr, CENTER)
         if NEED_DWEIGHT:
-            dweight += g * xhat
+            dweight += g.to(tl.float32) * xhat
         if NEED_DBIAS:
-            dbias += g
+            dbias += g.to(tl.float32)
         if NEED_DX:
-            if HAS_WEIGHT:
-                g *= scale
-            dx = g - xhat * tl.load(sums_ptr + row * 2)
+            wide = _scaled(next_g, scale, HAS_WEIGHT)
+            next_xhat = _normalised(next_x, after, rows, mask, mean_ptr, rstd_ptr, CENTER)
+            tell(exchange_ptr, after, rows, member, members, tl.sum(wide * next_xhat, 0), tl.sum(wide, 0))
+            sum_gx, sum_g = collect(exchange_ptr, row, members, MEMBERS)
+            dx = _scaled(g, scale, HAS_WEIGHT) - xhat * (sum_gx / columns)
             if CENTER:
-                dx -= tl.load(sums_ptr + row * 2 + 1)
-            dx *= rstd
+                dx -= sum_g / columns
+            dx *= tl.load(rstd_ptr + row)
             if HAS_DRESIDUAL:
                 dx += tl.load(dresidual_ptr + row * stride_dresidual + col, mask=mask, other=0.0).to(tl.float32)
             tl.store(dx_ptr + row * columns + col, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    partial = tl.program_id(0).to(tl.int64) * columns + col
+        x, g = next_x, next_g
+        next_x, next_g = third_x, third_g
+        row, after = after, third
+    partial = group.to(tl.int64) * columns + col
     if NEED_DWEIGHT:
         tl.store(dweight_ptr + partial, dweight, mask=mask)
     if NEED_DBIAS:
@@ -151,7 +169,6 @@ def _add_partials_kernel(
 
 
 _rows_bwd = Launcher(_rows_bwd_kernel)
-_wide_sums = Launcher(_wide_sums_kernel)
 _wide_bwd = Launcher(_wide_bwd_kernel)
 _add_partials = Launcher(_add_partials_kernel)
 
@@ -173,17 +190,15 @@ def backward(
     """dx, dweight, dbias; empty where not needed."""
     need_dweight, need_dbias = need_dweight and weight is not None, need_dbias and bias is not None
     columns = x.shape[-1]
-    rows = x.numel() // columns
+    x_rows, dy_rows, weight = as_rows(x), as_rows(dy), as_row(weight)
+    dresidual_rows = None if dresidual is None else as_rows(dresidual)
+    rows = x_rows.shape[0]
     dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)
     make = torch.empty if rows else torch.zeros
-    dweight = (
-        make(columns, dtype=weight.dtype, device=x.device) if need_dweight and weight is not None else dx.new_empty(0)
-    )
-    dbias = make(columns, dtype=bias.dtype, device=x.device) if need_dbias and bias is not None else dx.new_empty(0)
+    dweight = make(columns if need_dweight else 0, dtype=x.dtype if weight is None else weight.dtype, device=x.device)
+    dbias = make(columns if need_dbias else 0, dtype=x.dtype if bias is None else bias.dtype, device=x.device)
     if not rows or not (need_dx or need_dweight or need_dbias):
         return dx, dweight, dbias
-    dy_rows, x_rows = as_rows(dy), as_rows(x)
-    dresidual_rows = None if dresidual is None else as_rows(dresidual)
     constants = {
         "CENTER": center,
         "HAS_WEIGHT": weight is not None,
@@ -192,53 +207,67 @@ def backward(
         "NEED_DWEIGHT": need_dweight,
         "NEED_DBIAS": need_dbias,
     }
-    config = backward_config(columns)
-    whole = config.block_cols >= columns
-    blocks = triton.cdiv(rows, config.block_rows)
-    programs = min(blocks, 2 * multiprocessors(x.device)) if whole else min(rows, _WIDE_ROW_SPLITS)
-    partials = [
-        torch.empty((programs, columns) if needed else 0, dtype=torch.float32, device=x.device)
+    sms = multiprocessors(x.device)
+    whole = columns <= LARGEST_TILE
+    exchange = None
+    if whole:
+        config = backward_rows(columns)
+        partials = programs = min(-(-rows // config.block_rows), config.programs_per_sm * sms)
+        cut = {"BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols}
+        num_warps, more = config.num_warps, []
+    else:
+        block_cols = columns if interpreted(x.device) else BACKWARD_WIDE.block_cols  # programs run one after the other
+        members = -(-columns // block_cols)
+        partials = max(1, min(rows, BACKWARD_WIDE_PROGRAMS_PER_SM * sms // members))
+        programs = partials * members
+        exchange = start_exchange(rows, members, x.device)
+        powers = [1 << (size - 1).bit_length() for size in (block_cols, members)]
+        cut = dict(zip(("BLOCK_COLS", "MEMBERS"), powers, strict=True))
+        num_warps, more = BACKWARD_WIDE.num_warps, [partials, members]
+    parts = [
+        torch.empty((partials, columns) if needed else 0, dtype=torch.float32, device=x.device)
         for needed in (need_dweight, need_dbias)
     ]
-    rest = (
-        rows,
+    tensors = (dy_rows, dresidual_rows, x_rows, weight, mean, rstd, dx, *parts, *(() if whole else (exchange,)))
+    strides = dy_rows.stride(0), 0 if dresidual_rows is None else dresidual_rows.stride(0), x_rows.stride(0)
+    scalars = (rows, columns, *strides, offset, *more)
+    pointers = tuple(map(pointer, tensors))
+    key = (
+        *(None if tensor is None else tensor.dtype for tensor in (dy, dresidual, x, weight)),
+        *constants.values(),
+        *cut.values(),
         columns,
-        dy_rows.stride(0),
-        0 if dresidual_rows is None else dresidual_rows.stride(0),
-        x_rows.stride(0),
-        offset,
+        aligned(*pointers),
+        *(size % 16 == 0 for size in (rows, *strides, *more)),
+        *(size == 1 for size in (rows, *more)),
+        max(rows, columns, *strides) < 2**31,
     )
-    if whole:
-        _rows_bwd(
-            (programs, 1, 1),
-            x.device,
-            (dy_rows, dresidual_rows, x_rows, weight, mean, rstd, dx, *partials, *rest),
-            {**constants, "BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols},
-            num_warps=config.num_warps,
-        )
-    else:
-        sums = torch.empty((rows, 2) if need_dx else 0, dtype=torch.float32, device=x.device)
-        if need_dx:
-            _wide_sums(
-                (rows, 1, 1),
-                x.device,
-                (dy_rows, x_rows, weight, mean, rstd, sums, columns, dy_rows.stride(0), x_rows.stride(0), offset),
-                {"CENTER": center, "HAS_WEIGHT": weight is not None, "BLOCK_COLS": config.block_cols},
-                num_warps=config.num_warps,
-            )
-        _wide_bwd(
-            (programs, triton.cdiv(columns, 1024), 1),
-            x.device,
-            (dy_rows, dresidual_rows, x_rows, weight, mean, rstd, sums, dx, *partials, *rest),
-            {**constants, "BLOCK_COLS": 1024},
-            num_warps=4,
-        )
+
+    def describe() -> Description:
+        return (*tensors, *scalars), constants | cut, num_warps
+
+    (_rows_bwd if whole else _wide_bwd)(key, (programs, 1, 1), x.device, (*pointers, *scalars), describe)
     if need_dweight or need_dbias:
-        _add_partials(
-            (triton.cdiv(columns, 64), 1, 1),
-            x.device,
-            (*partials, dweight, dbias, programs, columns),
-            {"NEED_DWEIGHT": need_dweight, "NEED_DBIAS": need_dbias, "BLOCK_PARTS": 32, "BLOCK_COLS": 64},
-            num_warps=4,
-        )
+        _add(parts, dweight, dbias, partials, columns, need_dweight, need_dbias)
     return dx, dweight, dbias
+
+
+def _add(
+    parts: list[Tensor],
+    dweight: Tensor,
+    dbias: Tensor,
+    partials: int,
+    columns: int,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> None:
+    """dweight and dbias from their partials (partials, columns)."""
+    tensors = (*parts, dweight, dbias)
+    pointers = tuple(map(pointer, tensors))
+    key = (dweight.dtype, dbias.dtype, need_dweight, need_dbias, aligned(*pointers), columns, partials)
+
+    def describe() -> Description:
+        constants = {"NEED_DWEIGHT": need_dweight, "NEED_DBIAS": need_dbias, "BLOCK_PARTS": 32, "BLOCK_COLS": 32}
+        return (*tensors, partials, columns), constants, 4
+
+    _add_partials(key, (-(-columns // 32), 1, 1), dweight.device, (*pointers, partials, columns), describe)

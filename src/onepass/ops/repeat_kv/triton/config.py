@@ -1,5 +1,6 @@
 """How the kernels of repeat_kv are cut."""
 
+import functools
 from dataclasses import dataclass
 
 
@@ -15,6 +16,7 @@ class RepeatKvConfig:
 _BLOCK, _WARPS = 2048, 4
 
 
+@functools.lru_cache(maxsize=64)
 def config(head_dim: int) -> RepeatKvConfig:
     block_cols = min(_BLOCK, 1 << (head_dim - 1).bit_length())
     return RepeatKvConfig(_BLOCK // block_cols, block_cols, _WARPS)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepass.core.triton_backend import Launcher
+from onepass.core.triton_backend import Description, Launcher, aligned, specialised
 from onepass.ops.repeat_kv.triton.config import config
 
 
@@ -21,7 +21,7 @@ def _tile(rows, HEAD_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl
     return row, col, (row < rows) & (col < HEAD_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "seqlen"])
 def _fwd_kernel(
     x_ptr, out_ptr, rows, seqlen, stride_b, stride_s, stride_h, stride_d,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, N_REP: tl.constexpr,
@@ -37,7 +37,7 @@ def _fwd_kernel(
         out_ptrs += HEAD_DIM
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "seqlen"])
 def _bwd_kernel(
     dout_ptr, dx_ptr, rows, seqlen, stride_b, stride_s, stride_h, stride_d,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, N_REP: tl.constexpr,
@@ -80,16 +80,23 @@ def _launch(kernel: Launcher, source: Tensor, target: Tensor, heads: int, n_rep:
     batch, seqlen, _, head_dim = source.shape
     rows = batch * seqlen * heads
     cut = config(head_dim)
-    kernel(
-        (triton.cdiv(rows, cut.block_rows) * triton.cdiv(head_dim, cut.block_cols), 1, 1),
-        source.device,
-        (source, target, rows, seqlen, *source.stride()),
-        {
+    pointers = source.data_ptr(), target.data_ptr()
+    scalars = rows, seqlen, *source.stride()
+
+    def describe() -> Description:
+        constants = {
             "HEADS": heads,
             "HEAD_DIM": head_dim,
             "N_REP": n_rep,
             "BLOCK_ROWS": cut.block_rows,
             "BLOCK_COLS": cut.block_cols,
-        },
-        num_warps=cut.num_warps,
+        }
+        return (source, target, *scalars), constants, cut.num_warps
+
+    kernel(
+        (source.dtype, heads, head_dim, n_rep, cut, aligned(*pointers), specialised(*scalars)),
+        (triton.cdiv(rows, cut.block_rows) * triton.cdiv(head_dim, cut.block_cols), 1, 1),
+        source.device,
+        (*pointers, *scalars),
+        describe,
     )

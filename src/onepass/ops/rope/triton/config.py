@@ -1,5 +1,6 @@
 """How rope's kernel is cut."""
 
+import functools
 from dataclasses import dataclass
 
 
@@ -24,6 +25,7 @@ _MOST_HEADS = 16
 _TABLE_PER_HEAD = False
 
 
+@functools.lru_cache(maxsize=64)
 def forward_config(nheads_q: int, nheads_kv: int, half: int) -> RopeConfig:
     block_half = _power_of_two(half)
     tile_q, tile_k = _tile(nheads_q, block_half), _tile(nheads_kv, block_half)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepass.core.triton_backend import Launcher
+from onepass.core.triton_backend import Description, Launcher, aligned, pointer, specialised
 from onepass.ops.rope.spec import require_positions_in_table
 from onepass.ops.rope.triton.config import forward_config
 
@@ -71,7 +71,7 @@ def _turn_tile(
         tl.store(out_ptr + target[:, :, None] + rest[None, None, :], x, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "seqlen", "positions", "programs_q"])
 def _fwd_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, position_ids_ptr, q_out_ptr, k_out_ptr, tokens, seqlen, positions, programs_q,
     stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
@@ -112,44 +112,52 @@ def forward(
     """q and k rotated, contiguous; the tables, which are small, are copied where their strides are unusual."""
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    batch, seqlen, heads_q, head_dim = q.shape
-    heads_kv, half = k.shape[2], cos.shape[-1]
-    tokens = batch * seqlen
     if position_ids is not None:
         require_positions_in_table(position_ids, cos)
         position_ids = position_ids.contiguous()
-    if not tokens or not (heads_q or heads_kv):
+    if not (q_out.numel() or k_out.numel()):
         return q_out, k_out
+    cos, sin = cos.contiguous(), sin.contiguous()
+    _launch(q, k, cos, sin, position_ids, q_out, k_out, interleaved, inverse)
+    return q_out, k_out
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    q_out: Tensor,
+    k_out: Tensor,
+    interleaved: bool,
+    inverse: bool,
+) -> None:
+    batch, seqlen, heads_q, head_dim = q.shape
+    heads_kv, half = k.shape[2], cos.shape[-1]
+    tokens = batch * seqlen
     config = forward_config(heads_q, heads_kv, half)
     programs_q = _programs(tokens, heads_q, config.block_tokens_q, config.block_heads_q)
     programs_k = _programs(tokens, heads_kv, config.block_tokens_k, config.block_heads_k)
-    rest = head_dim - 2 * half
-    _fwd(
-        (programs_q + programs_k, 1, 1),
-        q.device,
-        (
-            q,
-            k,
-            cos.contiguous(),
-            sin.contiguous(),
-            position_ids,
-            q_out,
-            k_out,
-            tokens,
-            seqlen,
-            cos.shape[-2],
-            programs_q,
-            *q.stride(),
-            *k.stride(),
-        ),
-        {
+    table = "indexed" if position_ids is not None else "shared" if cos.dim() == 2 else "batched"
+    pointers = (
+        q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr(), pointer(position_ids), q_out.data_ptr(),
+        k_out.data_ptr(),
+    )  # fmt: skip
+    strides = *q.stride(), *k.stride()
+    scalars = tokens, seqlen, cos.shape[-2], programs_q, *strides
+    id_dtype = None if position_ids is None else position_ids.dtype
+
+    def describe() -> Description:
+        rest = head_dim - 2 * half
+        constants = {
             "HEADS_Q": heads_q,
             "HEADS_KV": heads_kv,
             "HEAD_DIM": head_dim,
             "HALF": half,
             "INTERLEAVED": interleaved,
             "INVERSE": inverse,
-            "TABLE": "indexed" if position_ids is not None else "shared" if cos.dim() == 2 else "batched",
+            "TABLE": table,
             "BLOCK_TOKENS_Q": config.block_tokens_q,
             "BLOCK_HEADS_Q": config.block_heads_q,
             "BLOCK_TOKENS_K": config.block_tokens_k,
@@ -157,10 +165,21 @@ def forward(
             "BLOCK_HALF": config.block_half,
             "BLOCK_REST": 0 if rest == 0 else 1 << (rest - 1).bit_length(),
             "TABLE_PER_HEAD": config.table_per_head,
-        },
-        num_warps=config.num_warps,
+        }
+        return (q, k, cos, sin, position_ids, q_out, k_out, *scalars), constants, config.num_warps
+
+    small = tokens < 2**31 and cos.shape[-2] < 2**31 and programs_q < 2**31
+    shapes = heads_q, heads_kv, head_dim, half
+    _fwd(
+        (
+            (q.dtype, id_dtype, table, interleaved, inverse, *shapes),
+            (aligned(*pointers), small, specialised(*strides)),
+        ),
+        (programs_q + programs_k, 1, 1),
+        q.device,
+        (*pointers, *scalars),
+        describe,
     )
-    return q_out, k_out
 
 
 def _programs(tokens: int, heads: int, block_tokens: int, block_heads: int) -> int:

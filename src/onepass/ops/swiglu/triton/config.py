@@ -1,5 +1,6 @@
 """How the kernels of swiglu and geglu are cut."""
 
+import functools
 from dataclasses import dataclass
 
 
@@ -24,6 +25,7 @@ def backward_config(columns: int) -> SwigluConfig:
     return _cut(columns, _BACKWARD_BLOCK, _BACKWARD_WARPS)
 
 
+@functools.lru_cache(maxsize=64)
 def _cut(columns: int, block: int, num_warps: int) -> SwigluConfig:
     block_cols = min(block, 1 << (columns - 1).bit_length())
     return SwigluConfig(block // block_cols, block_cols, num_warps)

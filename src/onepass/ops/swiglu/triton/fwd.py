@@ -8,12 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from onepass.core.rows import as_rows
-from onepass.core.triton_backend import Launcher
+from onepass.core.triton_backend import Description, Launcher, aligned, specialised
 from onepass.ops.swiglu.triton.activation import tile, value_and_slope
 from onepass.ops.swiglu.triton.config import forward_config
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _fwd_kernel(
     gate_ptr, up_ptr, out_ptr, rows, columns, stride_gate, stride_up,
     ACTIVATION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
@@ -41,11 +41,18 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         rows, columns = gate.shape
         stride_gate, stride_up = gate.stride(0), up.stride(0)
     config = forward_config(columns)
+    pointers = gate.data_ptr(), up.data_ptr(), out.data_ptr()
+    scalars = rows, columns, stride_gate, stride_up
+
+    def describe() -> Description:
+        constants = {"ACTIVATION": activation, "BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols}
+        return (gate, up, out, *scalars), constants, config.num_warps
+
     _fwd(
+        (out.dtype, activation, config, aligned(*pointers), specialised(*scalars)),
         (triton.cdiv(rows, config.block_rows) * triton.cdiv(columns, config.block_cols), 1, 1),
         out.device,
-        (gate, up, out, rows, columns, stride_gate, stride_up),
-        {"ACTIVATION": activation, "BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols},
-        num_warps=config.num_warps,
+        (*pointers, *scalars),
+        describe,
     )
     return out
