@@ -204,7 +204,7 @@ def forward(
 
 
 def direct_forward(call: tuple[Any, ...]) -> Tensor | None:
-    """y of a plain call like one before (registry.direct): contiguous whole rows and no residual; None for any other."""
+    """y of a plain call like one before (registry.direct): whole rows, no residual; None for any other."""
     x, weight, bias, residual, eps, offset, center, _ = call
     if residual is not None or not x.is_cuda or not x.is_contiguous():
         return None
