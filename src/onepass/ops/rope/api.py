@@ -67,13 +67,16 @@ def _canonical(
     backend: str | None,
 ) -> tuple[Any, ...]:
     """The arguments of the operation rope."""
-    for name, tensor in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
-        checks.require_tensor(name, tensor)
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(cos, Tensor) and isinstance(sin, Tensor)):
+        for name, tensor in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
+            checks.require_tensor(name, tensor)
     if position_ids is not None:
         checks.require_tensor("position_ids", position_ids)
-    checks.require_bool("interleaved", interleaved)
-    for name, table in (("cos", cos), ("sin", sin)):
-        checks.require_no_grad(name, table, "pass it detached")
+    if interleaved is not True and interleaved is not False:
+        checks.require_bool("interleaved", interleaved)
+    if cos.requires_grad or sin.requires_grad:
+        checks.require_no_grad("cos", cos, "pass it detached")
+        checks.require_no_grad("sin", sin, "pass it detached")
     return q, k, cos, sin, position_ids, interleaved, False, backend_in_use() if backend is None else backend
 
 

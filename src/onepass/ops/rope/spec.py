@@ -34,32 +34,36 @@ def rope_facts(
     if not (q.dim() == _DIMS and q.dtype.is_floating_point):
         raise _q_error(q)
     batch, seqlen, _, head_dim = q.shape
+    dtype, where = q.dtype, q.device
+    k_shape = k.shape
     if not (
-        k.dim() == _DIMS
-        and k.shape[0] == batch
-        and k.shape[1] == seqlen
-        and k.shape[3] == head_dim
-        and k.dtype is q.dtype
-        and k.device == q.device
+        len(k_shape) == _DIMS
+        and k_shape[0] == batch
+        and k_shape[1] == seqlen
+        and k_shape[3] == head_dim
+        and k.dtype is dtype
+        and k.device == where
     ):
         raise _k_error(k, q)
-    if sin.shape != cos.shape or sin.dtype is not cos.dtype or sin.device != cos.device:
+    table_shape, table_dtype = cos.shape, cos.dtype
+    if sin.shape != table_shape or sin.dtype is not table_dtype or sin.device != cos.device:
         raise ValueError(f"sin must be like cos, {checks.describe(cos)}, got {checks.describe(sin)}")
-    dims, half = cos.dim(), cos.shape[-1] if cos.dim() else 0
+    dims = len(table_shape)
+    half = table_shape[-1] if dims else 0
     if not (dims in (2, 3) and 0 < 2 * half <= head_dim):
         raise _rotary_dim_error(cos, q)
-    if cos.dtype is not torch.float32 and not (cos.dtype is torch.float64 and q.dtype is torch.float64):
+    if table_dtype is not torch.float32 and not (table_dtype is torch.float64 and dtype is torch.float64):
         raise TypeError(f"cos and sin must be float32, got {checks.describe(cos)}: make them with onepass.rope_table")
-    if cos.device != q.device:
-        raise ValueError(f"cos and sin must be on q's device {q.device}, got {checks.describe(cos)}")
+    if cos.device != where:
+        raise ValueError(f"cos and sin must be on q's device {where}, got {checks.describe(cos)}")
     if position_ids is None:
-        if not (cos.shape[-2] == seqlen and (dims == 2 or cos.shape[0] == batch)):
+        if not (table_shape[-2] == seqlen and (dims == 2 or table_shape[0] == batch)):
             raise _length_error(cos, q)
         table = "shared" if dims == 2 else "batched"
     else:
         _check_position_ids(position_ids, cos, q)
         table = "indexed"
-    return device.arch(q), q.dtype, interleaved, 2 * half < head_dim, table, cos.dtype
+    return device.arch(q), dtype, interleaved, 2 * half < head_dim, table, table_dtype
 
 
 def require_positions_in_table(position_ids: Tensor | None, cos: Tensor) -> None:
