@@ -12,17 +12,27 @@ from onepass.core.errors import UnsupportedError
 from onepass.core.registry import explain, use_backend
 from onepass.ops.attention.api import attention, attention_decode, merge_attention
 from onepass.ops.norm.api import layer_norm, rms_norm
+from onepass.ops.repeat_kv.api import repeat_kv
+from onepass.ops.rope.api import rope
+from onepass.ops.rope.table import RopeScaling, rope_table
+from onepass.ops.swiglu.api import geglu, swiglu
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "RopeScaling",
     "UnsupportedError",
     "attention",
     "attention_decode",
     "explain",
+    "geglu",
     "layer_norm",
     "merge_attention",
+    "repeat_kv",
     "rms_norm",
+    "rope",
+    "rope_table",
+    "swiglu",
     "use_backend",
 ]
 

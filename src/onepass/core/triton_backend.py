@@ -133,6 +133,11 @@ def aligned(*pointers: int) -> bool:
     return together & 15 == 0
 
 
+def specialised(*numbers: int) -> tuple[int, ...]:
+    """What of these ints a kernel is compiled for, to go into a key: 1, divisible by 16, more than 32 bits."""
+    return tuple([(n == 1) | (n % 16 == 0) << 1 | (n >= 2**31) << 2 for n in numbers])
+
+
 def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

@@ -115,7 +115,7 @@ def _canonical(
         offset = checks.finite_float("offset", offset)
         if weight is None:
             raise ValueError(f"offset is added to the weight, and there is none: got offset {offset} and weight None")
-    if torch_compat.autocast_enabled(x):
+    if x.is_cuda and torch_compat.autocast_enabled(x):  # as PyTorch's norms, which autocast leaves alone on the CPU
         x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     return x, weight, bias, residual, eps, float(offset), center, backend_in_use() if backend is None else backend
 

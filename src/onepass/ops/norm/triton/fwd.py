@@ -197,8 +197,7 @@ def forward(
         _launch(x_rows, residual_rows, weight, bias, y, residual_out, mean, rstd, eps, offset, center)
     if not statistics:
         return y, residual_out, None, None
-    empty = x.new_empty(0)
-    return y, empty if residual_out is None else residual_out, empty if mean is None else mean, rstd
+    return y, x.new_empty(0) if residual_out is None else residual_out, x.new_empty(0) if mean is None else mean, rstd
 
 
 def direct_forward(call: tuple[Any, ...]) -> Tensor | None:
