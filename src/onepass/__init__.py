@@ -11,7 +11,9 @@ from typing import Any
 from onepass.core.errors import UnsupportedError
 from onepass.core.registry import explain, use_backend
 from onepass.ops.attention.api import attention, attention_decode, merge_attention
+from onepass.ops.cross_entropy.api import cross_entropy, linear_cross_entropy
 from onepass.ops.norm.api import layer_norm, rms_norm
+from onepass.ops.softmax.api import softmax
 
 __version__ = "0.1.0"
 
@@ -19,10 +21,13 @@ __all__ = [
     "UnsupportedError",
     "attention",
     "attention_decode",
+    "cross_entropy",
     "explain",
     "layer_norm",
+    "linear_cross_entropy",
     "merge_attention",
     "rms_norm",
+    "softmax",
     "use_backend",
 ]
 

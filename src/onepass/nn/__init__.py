@@ -1,5 +1,7 @@
 """Modules over onepass's functions."""
 
 from onepass.nn.attention import Attention
+from onepass.nn.cross_entropy import CrossEntropyLoss, LinearCrossEntropyLoss
+from onepass.nn.softmax import Softmax
 
-__all__ = ["Attention"]
+__all__ = ["Attention", "CrossEntropyLoss", "LinearCrossEntropyLoss", "Softmax"]
