@@ -91,12 +91,10 @@ class _Forward(Operation):
 
 class _Backward(Operation):
     def body(self, *args: Any) -> Tensors:
-        dloss, dlse, x, weight, bias, target, lse, ignore_index, *options, need_dx, need_dweight, need_dbias, name = (
-            args
-        )
+        dloss, dlse, x, weight, bias, target, lse, ignore_index, *options, need_dx, need_dw, need_db, name = args
         losses = _losses(self.facts(*args[:-1]), name, ignore_index, *options)
         spec.require_targets(target, weight.shape[0], ignore_index)
-        needs = (need_dx, need_dweight, need_dbias and bias is not None)
+        needs = (need_dx, need_dw, need_db and bias is not None)
         return linear.backward(dloss, dlse, x, weight, bias, target, lse, losses, needs)
 
 

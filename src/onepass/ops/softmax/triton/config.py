@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class SoftmaxConfig:
@@ -15,10 +17,11 @@ class SoftmaxConfig:
     programs_per_processor: int = 0  # rows in flight on a multiprocessor: they must fit the cache; 0: a program a row
 
 
+_MOST_WARPS = 32 if torch.version.hip is None else 16  # a block has 1024 threads at most
 _FORWARD_WHOLE_ROW = 32768  # the widest row that is held in registers
 _BACKWARD_WHOLE_ROW = 16384
-_FORWARD_WIDE = SoftmaxConfig(1, 8192, 32, stages=1, programs_per_processor=2)
-_BACKWARD_WIDE = SoftmaxConfig(1, 8192, 32, stages=1, programs_per_processor=1)
+_FORWARD_WIDE = SoftmaxConfig(1, 8192, _MOST_WARPS, stages=1, programs_per_processor=2)
+_BACKWARD_WIDE = SoftmaxConfig(1, 8192, _MOST_WARPS, stages=1, programs_per_processor=1)
 
 
 def forward_config(columns: int) -> SoftmaxConfig:
@@ -33,4 +36,4 @@ def _whole_row(columns: int, elements_per_thread: int) -> SoftmaxConfig:
     block_cols = max(16, 1 << (columns - 1).bit_length())
     block_rows = max(1, min(16, 4096 // block_cols))
     warps = block_rows * block_cols // elements_per_thread // 32
-    return SoftmaxConfig(block_rows, block_cols, max(1, min(32, warps)))
+    return SoftmaxConfig(block_rows, block_cols, max(1, min(_MOST_WARPS, warps)))
