@@ -1,4 +1,4 @@
-"""Triton's kernels without a GPU: interpreted in a process of their own, and compiled ahead of time for every target."""
+"""Triton's kernels without a GPU: interpreted in a process of their own, compiled ahead of time for each target."""
 
 import subprocess
 import sys

@@ -76,7 +76,7 @@ def finite_float(name: str, value: Any) -> float:
     if isinstance(value, Tensor) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     result = float(value)
-    if not math.isfinite(result):
+    if not -math.inf < result < math.inf:  # torch.compile follows this where it does not follow math.isfinite
         raise ValueError(f"{name} must be finite, got {result}")
     return result
 

@@ -101,7 +101,8 @@ class _Backward(Operation):
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: Tensors) -> None:
     x, weight, bias, target, *options, reduction, now, _, _, _, backend = inputs
     _, lse, scale, *gradients = outputs
-    ctx.mark_non_differentiable(scale, *gradients)
+    # lse has a gradient where the backward makes the logits again; api.py asks for no lse with `now`.
+    ctx.mark_non_differentiable(scale, *gradients, *((lse,) if now else ()))
     if now:
         ctx.save_for_backward(*gradients)
     else:
@@ -116,11 +117,6 @@ def _differentiate(ctx: Any, dloss: Tensor | None, dlse: Tensor | None, *rest: A
     if dloss is None and dlse is None:
         return (None, None, None, *nothing)
     if ctx.now:
-        if dlse is not None:
-            raise NotImplementedError(
-                "linear_cross_entropy's lse has no gradient where the gradients are made in the forward: use "
-                "return_lse=True"
-            )
         # Out of place: what the forward saved may be asked for again.
         gradients = tuple(saved * dloss for saved in ctx.saved_tensors)
     else:
