@@ -29,7 +29,7 @@ def test_interpreted(part: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _launch() -> None:
-    from onepass.ops.cross_entropy.triton import bwd, fwd, reduce
+    from onepass.ops.cross_entropy.triton import bwd, carry, fwd, reduce
 
     for dtype in (torch.float32, torch.bfloat16):
         for classes in (33, 32000):
@@ -44,11 +44,15 @@ def _launch() -> None:
     for count in (3, 100000):
         for mean in (True, False):
             reduce.reduce(torch.zeros(count), torch.zeros(count, dtype=torch.int64), -100, mean)
+    for kept in (torch.uint8, torch.int16):
+        for first, last in ((True, False), (False, False), (False, True)):
+            carry.carry(torch.zeros(64), torch.zeros(64, dtype=kept), torch.zeros(64).bfloat16(), first, last)
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_compiles_for(target: str) -> None:
     launches = aot.recorded(_launch)
-    assert {launch.name for launch in launches} == {"_fwd_kernel", "_bwd_kernel", "_rows_kernel", "_partials_kernel"}
+    names = {"_fwd_kernel", "_bwd_kernel", "_rows_kernel", "_partials_kernel", "_carry_kernel"}
+    assert {launch.name for launch in launches} == names
     for launch in launches:
         assert launch.name in aot.compiled(launch, target)

@@ -48,6 +48,8 @@ FORWARD = _table("cross_entropy forward", "cpu:forward", "fwd:forward", "referen
 BACKWARD = _table("cross_entropy backward", "cpu:backward", "bwd:backward", "reference:backward")
 # The rows' losses to one number: on the CPU plain PyTorch does it as well as any kernel.
 REDUCE = _table("cross_entropy reduction", "reference:reduce", "reduce:reduce", "reference:reduce")
+# Between strips of linear_cross_entropy.
+CARRY = _table("linear_cross_entropy carry", "carry:carry", "carry:carry", "carry:carry")
 
 
 def _features() -> dict[str, CrossEntropySpec]:

@@ -30,6 +30,7 @@ class Losses:
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., Tensor]
     reduce: Callable[..., tuple[Tensor, Tensor]]
+    carry: Callable[..., None]
     ignore_index: int
     options: Sequence[float]  # label_smoothing, z_loss, softcap
 
@@ -68,7 +69,7 @@ def forward(
     lse = torch.empty_like(loss)
     products = weight.to(x.dtype)
     shift = None if bias is None else bias.to(x.dtype)
-    gradients = _Gradients(x, weight, bias, needs, len(parts), cut) if now else None
+    gradients = _Gradients(x, weight, bias, needs, losses.carry, len(parts), cut) if now else None
     dloss = _rows_gradient(loss, target, losses.ignore_index, reduction) if now else loss
     logits = x.new_empty((parts[0][1] if parts else 0, classes))
     for start, end in parts:
@@ -132,12 +133,19 @@ class _Gradients:
     """What strips of rows add up to."""
 
     def __init__(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs, count: int, cut: LinearPlan
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs: Needs,
+        carry: Callable[..., None],
+        count: int,
+        cut: LinearPlan,
     ) -> None:
         self.x = x
         self.need_dx, need_dweight, need_dbias = needs
         self.dx = torch.empty(x.shape if self.need_dx else 0, dtype=x.dtype, device=x.device)
-        self.dweight = _WeightGradient(weight, x, count, cut) if need_dweight else None
+        self.dweight = _WeightGradient(weight, carry, count, cut) if need_dweight else None
         self.bias = bias if need_dbias else None
         sums = 0 if self.bias is None else self.bias.shape
         self.dbias = torch.zeros(sums, dtype=loss_dtype(x.dtype), device=x.device)
@@ -161,56 +169,34 @@ class _Gradients:
 class _WeightGradient:
     """dlogits^T x over the strips, in fp32.
 
-    A single strip is one product. A weight of fp32 is its own accumulator. Else the sum's upper 16 bits lie in the
-    memory of the result and the lower in a buffer beside it, and slices of classes come out as fp32 to be added to: the
-    result and an fp32 accumulator never lie in memory together.
+    A single strip is one product; a weight of fp32 is its own accumulator; else carry.py holds the sum between strips,
+    and slices of classes pass through a small fp32 buffer.
     """
 
-    def __init__(self, weight: Tensor, x: Tensor, count: int, cut: LinearPlan) -> None:
-        self.count, self.seen = count, 0
+    def __init__(self, weight: Tensor, carry: Callable[..., None], count: int, cut: LinearPlan) -> None:
+        self.carry, self.count, self.seen = carry, count, 0
         make = torch.empty if count else torch.zeros
         self.result = make(weight.shape, dtype=weight.dtype, device=weight.device)
         self.direct = count <= 1 or weight.dtype.itemsize > 2
-        if self.direct:
-            self.slices = [(0, len(weight))]
-            return
-        self.slices = strips(len(weight), 1, cut.weight_slice, _MULTIPLE)
-        self.upper = self.result.view(torch.int16)
-        self.lower = weight.new_empty((*weight.shape, cut.carry_bytes - 2), dtype=torch.uint8)
-        self.sums = weight.new_empty((self.slices[0][1], weight.shape[1]), dtype=torch.float32)
+        if not self.direct:
+            self.slices = strips(len(weight), 1, cut.weight_slice, _MULTIPLE)
+            kept = torch.uint8 if cut.carry_bytes == 3 else torch.int16
+            self.lower = torch.empty(weight.shape, dtype=kept, device=weight.device)
+            self.sums = weight.new_empty((self.slices[0][1], weight.shape[1]), dtype=torch.float32)
 
     def add(self, dlogits: Tensor, x: Tensor) -> None:
         self.seen += 1
+        first, last = self.seen == 1, self.seen == self.count
+        if self.direct:
+            if first:
+                _product(dlogits.T, x, self.result)
+            else:
+                _add_product(self.result, dlogits.T, x)
+            return
         for start, end in self.slices:
-            transposed = dlogits[:, start:end].T
-            if self.direct:
-                into = self.result[start:end]
-            else:
-                into = self.sums[: end - start]
-                if self.seen > 1:
-                    _join(self.upper[start:end], self.lower[start:end], into)
-            if self.seen == 1:
-                _product(transposed, x, into)
-            else:
-                _add_product(into, transposed, x)
-            if self.direct:
-                continue
-            if self.seen == self.count:
-                self.result[start:end] = into
-            else:
-                _split(into, self.upper[start:end], self.lower[start:end])
-
-
-def _split(sums: Tensor, upper: Tensor, lower: Tensor) -> None:
-    """fp32 to its upper 16 bits and the next 8 or 16."""
-    upper.copy_(sums.view(torch.int16).unflatten(-1, (-1, 2))[..., 1])
-    lower.copy_(sums.view(torch.uint8).unflatten(-1, (-1, 4))[..., 2 - lower.shape[-1] : 2])
-
-
-def _join(upper: Tensor, lower: Tensor, sums: Tensor) -> None:
-    sums.zero_()
-    sums.view(torch.int16).unflatten(-1, (-1, 2))[..., 1] = upper
-    sums.view(torch.uint8).unflatten(-1, (-1, 4))[..., 2 - lower.shape[-1] : 2] = lower
+            sums = self.sums[: end - start]
+            _product(dlogits[:, start:end].T, x, sums)
+            self.carry(sums, self.lower[start:end], self.result[start:end], first, last)
 
 
 # Products: inputs of one dtype, fp32 inside.
@@ -233,7 +219,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b for a total of fp32 (fp64), or of the products' own dtype."""
+    """total += a b; a total of fp32 (fp64) is not rounded."""
     if total.dtype is a.dtype:
         total.addmm_(a, b)
     elif total.dtype is torch.float32 and a.is_cuda:

@@ -75,6 +75,7 @@ def _losses(facts: tuple[Any, ...], backend: str, ignore_index: int, *options: f
         select(kernels.FORWARD, facts, backend),
         select(kernels.BACKWARD, facts, backend),
         select(kernels.REDUCE, facts, backend),
+        select(kernels.CARRY, facts, backend),
         ignore_index,
         options,
     )

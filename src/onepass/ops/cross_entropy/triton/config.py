@@ -27,7 +27,17 @@ _WIDE = 2048  # classes
 _FORWARD_WIDE = CrossEntropyConfig(1, 2048, 4)
 _BACKWARD_WIDE = CrossEntropyConfig(1, 2048, 4, columns_per_program=16384)
 
+
+@dataclass(frozen=True)
+class CarryConfig:
+    """Elements of the weight's gradient to a program."""
+
+    block: int = 4096
+    num_warps: int = 8
+
+
 REDUCE = ReduceConfig()
+CARRY = CarryConfig()
 
 
 def forward_config(classes: int) -> CrossEntropyConfig:
