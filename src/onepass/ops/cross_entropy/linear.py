@@ -78,7 +78,6 @@ def forward(
         if gradients is not None:
             strip = losses.gradient(dloss[start:end], None, strip, target[start:end], lse[start:end])
             gradients.add(strip, products, start, end)
-    del logits
     scale = loss.new_empty(0)
     if reduction != "none":
         loss, scale = losses.reduce(loss, target, losses.ignore_index, reduction == "mean")
@@ -103,10 +102,11 @@ def backward(
     rows, classes = x.shape[0], weight.shape[0]
     empty = x.new_empty(0)
     dx = torch.zeros(x.shape, dtype=loss_dtype(x.dtype), device=x.device) if need_dx else empty
-    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_dweight else x.new_empty(0)
+    make = torch.empty if rows else torch.zeros
+    dweight = make(weight.shape, dtype=weight.dtype, device=x.device) if need_dweight else x.new_empty(0)
     dbias = torch.zeros_like(bias) if need_dbias and bias is not None else x.new_empty(0)
     parts = strips(classes, rows * x.element_size(), plan(x.device).classes_bytes, _MULTIPLE) if rows else []
-    memory = x.new_empty(rows * (parts[0][1] if parts else 0))
+    memory = logits = dlogits = x.new_empty(rows * (parts[0][1] if parts else 0))
     for start, end in parts:
         products = weight[start:end].to(x.dtype)
         logits = memory[: rows * (end - start)].view(rows, end - start)
@@ -118,7 +118,7 @@ def backward(
             _add_product(dx, dlogits, products)
         if need_dbias:
             dbias[start:end] = dlogits.sum(0, dtype=loss_dtype(x.dtype))
-    del memory
+    del memory, logits, dlogits  # before dx is converted
     return dx.to(x.dtype) if need_dx else dx, dweight, dbias
 
 
