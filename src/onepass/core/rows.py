@@ -28,6 +28,14 @@ def as_row(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def row_stride(x: Tensor) -> tuple[Tensor, int]:
+    """`as_rows` for C++, which needs no view: memory that holds x's rows, and the elements from one to the next."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    x = as_rows(x)
+    return x, x.stride(0)
+
+
 def empty_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """An uninitialised value for each row: x's shape without its last dimension."""
     return torch.empty(x.shape[:-1], dtype=dtype, device=x.device)

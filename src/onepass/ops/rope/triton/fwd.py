@@ -183,7 +183,7 @@ def _launch(
 
 
 def _stride_kinds(qb: int, qs: int, qh: int, qd: int, kb: int, ks: int, kh: int, kd: int) -> tuple[int, ...]:
-    """specialised(...) of the strides, sooner for the usual ones: adjacent features, heads that start at 16 elements."""
+    """specialised(...) of the strides, sooner for the usual ones: adjacent features, heads at multiples of 16."""
     together = qb | qs | qh | kb | ks | kh
     if qd == 1 and kd == 1 and together & 15 == 0 and together < 2**31:
         return ()
