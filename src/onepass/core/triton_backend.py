@@ -61,6 +61,11 @@ def interpreted(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def most_warps(device: torch.device) -> int:
+    """Of a block of 1024 threads, the most that any target takes."""
+    return 16 if torch.version.hip is not None and device.type == "cuda" else 32
+
+
 # What a launch of a new kind needs: the arguments before the constexprs, with tensors, the constexprs, num_warps.
 Description = tuple[Sequence[Any], dict[str, Any], int]
 
@@ -99,6 +104,31 @@ class Launcher:
         else:
             with torch.cuda.device(device):
                 self._launch(known, (index, key), grid, device, describe)
+
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        device: torch.device,
+        arguments: Sequence[Any],
+        constants: dict[str, Any],
+        *,
+        num_warps: int,
+    ) -> None:
+        """The same without a key of the caller's: it is made of all the arguments, which costs 10 us."""
+        kinds: list[Any] = []
+        numbers: list[int | float] = []
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                numbers.append(argument.data_ptr())
+                kinds.append((argument.dtype, argument.data_ptr() & 15 == 0))
+            elif isinstance(argument, int):
+                numbers.append(argument)
+                kinds.append(specialised(argument))
+            else:
+                numbers.append(0 if argument is None else argument)
+                kinds.append(type(argument))
+        key = (*kinds, *constants.values(), num_warps)
+        self(key, grid, device, numbers, lambda: (arguments, constants, num_warps))
 
     def compiled(self, index: int, key: Any) -> Any:
         """What `run` takes, for a kind of launch that has been compiled, on the current device; None for any other."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from onepass.core import env
-from onepass.core.triton_backend import Launcher
+from onepass.core.triton_backend import Description, Launcher
 
 # (backend, architecture, threads in a warp) as Triton names them.
 TARGETS: Mapping[str, tuple[str, int | str, int]] = {
@@ -78,13 +78,14 @@ def recorded(call: Callable[[], Any]) -> list[Launch]:
 def _recording(add: Callable[[Launch], Any]) -> Iterator[None]:
     def record(
         self: Launcher,
+        key: Any,
         grid: tuple[int, int, int],
         device: torch.device,
-        arguments: Sequence[Any],
-        constants: dict[str, Any],
-        **options: Any,
+        numbers: Sequence[int | float],
+        describe: Callable[[], Description],
     ) -> None:
-        add(Launch(self.kernel, tuple(arguments), dict(constants), options))
+        arguments, constants, num_warps = describe()
+        add(Launch(self.kernel, tuple(arguments), dict(constants), {"num_warps": num_warps}))
 
     ordinary = Launcher.__call__
     Launcher.__call__ = record  # type: ignore[method-assign]

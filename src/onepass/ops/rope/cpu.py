@@ -42,7 +42,7 @@ def forward(
     batch, seqlen, nheads_q, head_dim = q.shape
     cos, sin = _adjacent(cos), _adjacent(sin)
     rows, half = cos.shape[-2:]
-    positions = (0, 0, 0)
+    positions: tuple[int, ...] = (0, 0, 0)
     if position_ids is not None:
         position_ids = position_ids.long()
         positions = (position_ids.data_ptr(), *position_ids.stride())

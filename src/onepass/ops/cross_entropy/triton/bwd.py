@@ -83,7 +83,7 @@ def backward(
     config = backward_config(columns)
     span = config.columns_per_program or triton.cdiv(columns, config.block_cols) * config.block_cols
     x = as_rows(logits)
-    _bwd(
+    _bwd.launch(
         (triton.cdiv(rows, config.block_rows), triton.cdiv(columns, span), 1),
         logits.device,
         (

@@ -41,7 +41,7 @@ _carry = Launcher(_carry_kernel)
 def carry(sums: Tensor, lower: Tensor, result: Tensor, first: bool, last: bool) -> None:
     """Adds sums to what result and lower carry; rounds to result the last time."""
     count = sums.numel()
-    _carry(
+    _carry.launch(
         (triton.cdiv(count, CARRY.block), 1, 1),
         sums.device,
         (sums, result.view(torch.int16), lower, result, count),

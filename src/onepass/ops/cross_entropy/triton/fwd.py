@@ -73,7 +73,7 @@ def forward(
         return loss, lse
     config = forward_config(classes)
     x = as_rows(logits)
-    _fwd(
+    _fwd.launch(
         (triton.cdiv(rows, config.block_rows), 1, 1),
         logits.device,
         (

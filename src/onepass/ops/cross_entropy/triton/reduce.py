@@ -67,7 +67,7 @@ def reduce(loss: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tuple
     one = programs == 1
     totals = value if one else torch.empty(programs, dtype=torch.float32, device=device)
     counts = None if one else torch.empty(programs, dtype=torch.int32, device=device)
-    _rows(
+    _rows.launch(
         (programs, 1, 1),
         device,
         (loss, target.contiguous(), totals, counts, scale, rows, ignore_index),
@@ -75,7 +75,7 @@ def reduce(loss: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tuple
         num_warps=REDUCE.num_warps,
     )
     if not one:
-        _partials(
+        _partials.launch(
             (1, 1, 1),
             device,
             (totals, counts, value, scale, programs),

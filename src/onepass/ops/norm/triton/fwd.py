@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onepass.core.rows import as_row, as_rows, empty_rows
-from onepass.core.triton_backend import Description, Launcher, aligned, pointer
+from onepass.core.triton_backend import Description, Launcher, aligned, most_warps, pointer
 from onepass.ops.norm.spec import statistics_dtype, sum_dtype
 from onepass.ops.norm.triton.config import FORWARD_WIDE, LARGEST_TILE, forward_held, forward_rows
 
@@ -284,7 +284,10 @@ def _launch(
         cut, num_warps = {"BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols}, config.num_warps
         kernel, programs = _rows_fwd, -(-rows // config.block_rows)
     elif (held := forward_held(columns, (x if residual_out is None else residual_out).element_size())) is not None:
-        cut, num_warps = {"BLOCK_COLS": held.block_cols, "STEPS": -(-columns // held.block_cols)}, held.num_warps
+        cut, num_warps = (
+            {"BLOCK_COLS": held.block_cols, "STEPS": -(-columns // held.block_cols)},
+            min(held.num_warps, most_warps(x.device)),
+        )
         kernel, programs = _held_fwd, rows
     else:
         cut, num_warps = {"BLOCK_COLS": FORWARD_WIDE.block_cols}, FORWARD_WIDE.num_warps

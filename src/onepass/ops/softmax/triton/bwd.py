@@ -63,7 +63,7 @@ def backward(dy: Tensor, y: Tensor) -> Tensor:
     dy_rows, y_rows = as_rows(dy), as_rows(y)
     arguments = (dy_rows, y_rows, dx, rows, columns, dy_rows.stride(0), y_rows.stride(0))
     if config.block_cols >= columns:
-        _rows_bwd(
+        _rows_bwd.launch(
             (triton.cdiv(rows, config.block_rows), 1, 1),
             y.device,
             arguments,
@@ -72,7 +72,7 @@ def backward(dy: Tensor, y: Tensor) -> Tensor:
         )
     else:
         programs = config.programs_per_processor * multiprocessors(y.device) or rows
-        _wide_bwd(
+        _wide_bwd.launch(
             (min(rows, programs), 1, 1),
             y.device,
             arguments,

@@ -72,7 +72,7 @@ def forward(x: Tensor) -> Tensor:
     x_rows = as_rows(x)
     arguments = (x_rows, y, rows, columns, x_rows.stride(0))
     if config.block_cols >= columns:
-        _rows_fwd(
+        _rows_fwd.launch(
             (triton.cdiv(rows, config.block_rows), 1, 1),
             x.device,
             arguments,
@@ -81,7 +81,7 @@ def forward(x: Tensor) -> Tensor:
         )
     else:
         programs = config.programs_per_processor * multiprocessors(x.device) or rows
-        _wide_fwd(
+        _wide_fwd.launch(
             (min(rows, programs), 1, 1),
             x.device,
             arguments,
