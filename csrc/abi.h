@@ -143,7 +143,8 @@ struct CrossEntropyBwdArgs {
   CrossEntropyArgs forward;
   const float *dloss, *dlse;  // (rows,); dlse null: no gradient
   int64_t stride_dloss, stride_dlse;
-  void* dlogits;  // contiguous
+  int64_t first_class, classes;  // the logits are columns first_class, first_class + 1, ... of `classes`
+  Rows dlogits;                  // may be the logits themselves
 };
 
 struct RopeArgs {

@@ -74,7 +74,7 @@ extern "C" int ONEPASS_KERNEL(bandwidth)(const BandwidthArgs* args) {
       }
 #pragma omp barrier
     }
-    if (horizontal_sum(sum) != 0.f) {
+    if (any(sum != (vf){})) {
 #pragma omp atomic write
       best = 0.;  // never: it keeps the sums, and so the reads, alive
     }

@@ -11,10 +11,10 @@
 
 namespace {
 
-bool targets_in_range(const CrossEntropyArgs& a) {
+bool targets_in_range(const CrossEntropyArgs& a, int64_t classes) {
   for (int64_t row = 0; row < a.rows; row++) {
     const int64_t target = a.target[row];
-    if ((target < 0 || target >= a.columns) && target != a.ignore_index) return false;
+    if ((target < 0 || target >= classes) && target != a.ignore_index) return false;
   }
   return true;
 }
@@ -43,11 +43,14 @@ struct Forward : RowOperation {
     const float top = horizontal_max(vmax(vmax(tops[0], tops[1]), vmax(tops[2], tops[3])));
     const vf subtracted = broadcast(top == NEG_INF ? 0.f : top);
     if (a.label_smoothing == 0.)
-      for_vectors<SUMS>(begin, end, [&](int64_t i, int u, auto lane) __attribute__((always_inline)) { sums[u] += vexp(logit(i, lane) - subtracted); });
+      for_vectors<SUMS>(begin, end, [&](int64_t i, int u, auto lane) __attribute__((always_inline)) {
+        sums[u] += vexp_one(logit(i, lane) - subtracted);
+        fetch(x + a.logits.stride + i, u);
+      });
     else
       for_vectors<SUMS>(begin, end, [&](int64_t i, int u, auto lane) __attribute__((always_inline)) {
         const vf v = logit(i, lane);
-        sums[u] += vexp(v - subtracted);
+        sums[u] += vexp_one(v - subtracted);
         logits[u] += only(v, lane);
       });
     return {top, total(sums), total(logits)};
@@ -82,18 +85,19 @@ struct Forward : RowOperation {
 template <class T, bool SOFTCAP>
 int backward(const CrossEntropyBwdArgs& args) {
   const CrossEntropyArgs& a = args.forward;
-  const Output<T> dlogits(args.dlogits, a.rows, a.columns);
+  const int64_t stride = args.dlogits.stride;
+  const Output<T> dlogits(args.dlogits.data, a.rows, stride);
   for_segments(a.rows, a.columns, a.num_threads, [&](int64_t row, int64_t begin, int64_t end) __attribute__((always_inline)) {
     const T* x = (const T*)a.logits.data + row * a.logits.stride;
     const bool ignored = a.target[row] == a.ignore_index;
     const float dloss = ignored ? 0.f : args.dloss[row * args.stride_dloss], lse = a.lse[row], e = (float)a.label_smoothing;
     const float dlse = args.dlse ? args.dlse[row * args.stride_dlse] : 0.f;
     const float of_softmax = dloss * (1.f + 2.f * (float)a.z_loss * lse) + dlse;
-    const vf factor = broadcast(of_softmax), everywhere = broadcast(dloss * e / (float)a.columns);
+    const vf factor = broadcast(of_softmax), everywhere = broadcast(dloss * e / (float)args.classes);
     const float at_target = dloss * (1.f - e);
-    const int64_t target = ignored ? -1 : a.target[row], target_vector = begin + (target - begin) / VW * VW;
+    const int64_t target = ignored ? -1 : a.target[row] - args.first_class, target_vector = begin + (target - begin) / VW * VW;
     if (ignored && dlse == 0.f) {
-      for_vectors<1>(begin, end, [&](int64_t i, int, auto lane) __attribute__((always_inline)) { dlogits.put(row * a.columns + i, (vf){}, lane); });
+      for_vectors<1>(begin, end, [&](int64_t i, int, auto lane) __attribute__((always_inline)) { dlogits.put(row * stride + i, (vf){}, lane); });
       return;
     }
     for_vectors<2>(begin, end, [&](int64_t i, int, auto lane) __attribute__((always_inline)) {
@@ -103,13 +107,13 @@ int backward(const CrossEntropyBwdArgs& args) {
         slope = broadcast(1.f) - tanh * tanh;
         v = tanh * broadcast((float)a.softcap);
       }
-      vf d = vexp(v - broadcast(lse)) * factor - everywhere;
+      vf d = vexp_one(v - broadcast(lse)) * factor - everywhere;
       if (i == target_vector) {
         const vi at = lanes() == broadcast_int((int32_t)(target - i));
         d = at ? d - broadcast(at_target) : d;
       }
       if constexpr (SOFTCAP) d = d * slope;
-      dlogits.put(row * a.columns + i, d, lane);
+      dlogits.put(row * stride + i, d, lane);
     });
   });
   return ONEPASS_OK;
@@ -119,7 +123,7 @@ int backward(const CrossEntropyBwdArgs& args) {
 
 extern "C" int ONEPASS_KERNEL(cross_entropy_fwd)(const CrossEntropyArgs* args) {
   const CrossEntropyArgs& a = *args;
-  if (!targets_in_range(a)) return ONEPASS_BAD_INDEX;
+  if (!targets_in_range(a, a.columns)) return ONEPASS_BAD_INDEX;
 #define CAPPED(T) for_rows(Forward<T, true>{{}, a}, a.rows, a.columns, a.num_threads)
 #define PLAIN(T) for_rows(Forward<T, false>{{}, a}, a.rows, a.columns, a.num_threads)
   if (a.softcap != 0.) ONEPASS_BY_DTYPE(a.dtype, CAPPED)
@@ -128,7 +132,7 @@ extern "C" int ONEPASS_KERNEL(cross_entropy_fwd)(const CrossEntropyArgs* args) {
 
 extern "C" int ONEPASS_KERNEL(cross_entropy_bwd)(const CrossEntropyBwdArgs* args) {
   const CrossEntropyArgs& a = args->forward;
-  if (!targets_in_range(a)) return ONEPASS_BAD_INDEX;
+  if (!targets_in_range(a, args->classes)) return ONEPASS_BAD_INDEX;
 #define CAPPED_BWD(T) backward<T, true>(*args)
 #define PLAIN_BWD(T) backward<T, false>(*args)
   if (a.softcap != 0.) ONEPASS_BY_DTYPE(a.dtype, CAPPED_BWD)

@@ -24,7 +24,9 @@ ONEPASS_INLINE Value activation_and_slope(vf x) {
     const vf p = vsigmoid(x);
     return {x * p, p * (one + x * (one - p))};
   }
-  const vf u = x * x, linear = broadcast(1.5957691216f), cubic = broadcast(0.0713548163f);  // 2 (2 / pi)^1/2, and that * 0.044715
+  // 2 (2 / pi)^1/2, and that * 0.044715. Far from 0 the slope's second term is 0: there u must not become infinite.
+  const vf linear = broadcast(1.5957691216f), cubic = broadcast(0.0713548163f), far = broadcast(400.f);
+  const vf u = x * x < far ? x * x : far;
   const vf p = vsigmoid(x * (linear + cubic * u));
   return {x * p, p + x * p * (one - p) * (linear + broadcast(3.f) * cubic * u)};
 }

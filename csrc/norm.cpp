@@ -83,8 +83,10 @@ struct Forward : RowOperation {
 
   __attribute__((always_inline)) void finish(int64_t row, int64_t begin, int64_t end, Totals t, const float*, float*) const {
     const vf mean = broadcast(t.mean), rstd = broadcast(t.rstd);
-    for_vectors<2>(begin, end, [&](int64_t i, int, auto lane) __attribute__((always_inline)) {
+    for_vectors<4>(begin, end, [&](int64_t i, int u, auto lane) __attribute__((always_inline)) {
       const vf v = z(row, i, lane);
+      fetch((const X*)a.x.data + (row + 1) * a.x.stride + i, u);
+      if constexpr (RESIDUAL) fetch((const R*)a.residual.data + (row + 1) * a.residual.stride + i, u);
       if constexpr (RESIDUAL) residual_out.put(row * a.columns + i, v, lane);
       vf result = (CENTER ? v - mean : v) * rstd;
       if (scale) result = result * load(scale + i, lane);
@@ -144,8 +146,10 @@ struct Backward : RowOperation {
   __attribute__((always_inline)) void finish(int64_t row, int64_t begin, int64_t end, Totals t, const float*, float* sums) const {
     const vf rstd = broadcast(a.rstd[row]), mean_gx = broadcast(t.gx), mean_g = broadcast(t.g);
     float *weight_sum = sums, *bias_sum = sums + a.columns;
-    for_vectors<1>(begin, end, [&](int64_t i, int, auto lane) __attribute__((always_inline)) {
+    for_vectors<4>(begin, end, [&](int64_t i, int u, auto lane) __attribute__((always_inline)) {
       const Vectors v = vectors(row, i, lane);
+      fetch((const X*)a.x.data + (row + 1) * a.x.stride + i, u);
+      fetch((const DY*)a.dy.data + (row + 1) * a.dy.stride + i, u);
       if (a.dx) {
         vf result = v.g - v.xhat * mean_gx;
         if (CENTER) result = result - mean_g;

@@ -4,6 +4,7 @@
 // last pass scales them by exp(segment's maximum - row's maximum) / sum. A row of -inf gives NaN.
 #include <cmath>
 
+#include "functions.h"
 #include "rows.h"
 
 namespace {
@@ -29,7 +30,8 @@ struct Forward : RowOperation {
     const float top = horizontal_max(vmax(vmax(tops[0], tops[1]), vmax(tops[2], tops[3])));
     const vf subtracted = broadcast(top == NEG_INF ? 0.f : top);
     for_vectors<SUMS>(begin, end, [&](int64_t i, int u, auto lane) __attribute__((always_inline)) {
-      const vf e = vexp(load(x + i, lane, NEG_INF) - subtracted);
+      const vf e = vexp_one(load(x + i, lane, NEG_INF) - subtracted);
+      fetch(x + a.x.stride + i, u);
       sums[u] += e;
       store(exponentials + i, e, lane);
     });
@@ -77,7 +79,9 @@ struct Backward : RowOperation {
     return sum;
   }
   __attribute__((always_inline)) void finish(int64_t row, int64_t begin, int64_t end, float sum, const float*, float*) const {
-    for_vectors<4>(begin, end, [&](int64_t i, int, auto lane) __attribute__((always_inline)) {
+    for_vectors<4>(begin, end, [&](int64_t i, int u, auto lane) __attribute__((always_inline)) {
+      fetch(y(row + 1) + i, u);
+      fetch(dy(row + 1) + i, u);
       dx.put(row * a.columns + i, load(y(row) + i, lane) * (load(dy(row) + i, lane) - broadcast(sum)), lane);
     });
   }

@@ -15,15 +15,15 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # struct CrossEntropyArgs and CrossEntropyBwdArgs: q = int64_t or pointer, d = double.
 _CROSS_ENTROPY = "5q3d5q"
 _FWD = struct.Struct(f"={_CROSS_ENTROPY}")
-_BWD = struct.Struct(f"={_CROSS_ENTROPY}5q")
+_BWD = struct.Struct(f"={_CROSS_ENTROPY}8q")
 
 
-def _refuse(target: Tensor, columns: int, ignore_index: int) -> ValueError:
+def _refuse(target: Tensor, classes: int, ignore_index: int) -> ValueError:
     """The error for the first target that is out of range."""
     flat = target.reshape(-1)
-    row = int(torch.nonzero(((flat < 0) | (flat >= columns)) & (flat != ignore_index))[0])
+    row = int(torch.nonzero(((flat < 0) | (flat >= classes)) & (flat != ignore_index))[0])
     return ValueError(
-        f"target[{row}] is {int(flat[row])}; expected 0 to {columns - 1} (logits have {columns} columns) "
+        f"target[{row}] is {int(flat[row])}; expected 0 to {classes - 1} ({classes} classes) "
         f"or ignore_index={ignore_index}"
     )
 
@@ -59,9 +59,18 @@ def backward(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    first_class: int = 0,
+    classes: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
+    """dlogits in logits' dtype.
+
+    logits may be the columns first_class, first_class + 1, ... of `classes` (0: they are all); targets count from the
+    first of all. `out`, which may be logits itself, receives the result where it is given; its columns are adjacent.
+    """
     rows, columns = logits.shape
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype)
+    classes = classes or columns
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype) if out is None else out
     if rows:
         target, lse = target.contiguous(), lse.contiguous()
         logits, stride = row_stride(logits)
@@ -70,10 +79,11 @@ def backward(
             label_smoothing, z_loss, softcap,
             logits.data_ptr(), stride, target.data_ptr(), 0, lse.data_ptr(),
             dloss.data_ptr(), 0 if dlse is None else dlse.data_ptr(),
-            dloss.stride(0), 0 if dlse is None else dlse.stride(0), dlogits.data_ptr(),
+            dloss.stride(0), 0 if dlse is None else dlse.stride(0), first_class, classes,
+            dlogits.data_ptr(), dlogits.stride(0),
         )  # fmt: skip
         try:
             cpu_library.kernel("cross_entropy_bwd")(arguments)
         except IndexError:
-            raise _refuse(target, columns, ignore_index) from None
+            raise _refuse(target, classes, ignore_index) from None
     return dlogits

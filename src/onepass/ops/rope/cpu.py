@@ -20,12 +20,9 @@ def _adjacent(table: Tensor) -> Tensor:
 
 
 def _refuse(position_ids: Tensor, rows: int) -> ValueError:
-    """The error for the first position that the table lacks."""
-    batch, seqlen = (int(x) for x in torch.nonzero((position_ids < 0) | (position_ids >= rows))[0])
-    return ValueError(
-        f"position_ids[{batch}, {seqlen}] is {int(position_ids[batch, seqlen])}; expected 0 to {rows - 1} "
-        f"(cos and sin have {rows} rows)"
-    )
+    """The error for positions that the table lacks."""
+    least, most = (int(x) for x in torch.aminmax(position_ids))
+    return ValueError(f"position_ids must be from 0 to {rows - 1}, the table's last position, got {least} to {most}")
 
 
 def forward(
