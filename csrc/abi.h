@@ -78,6 +78,100 @@ struct FmaPeakArgs {
   double* gflops;
 };
 
+// A tensor of rows with adjacent columns.
+struct Rows {
+  void* data;
+  int64_t stride;  // between rows
+};
+
+struct NormArgs {
+  int64_t dtype, residual_dtype, weight_dtype, bias_dtype;  // residual_dtype: also of residual_out; dtype where there is none
+  int64_t num_threads, rows, columns;
+  int64_t center;  // 1 = layer_norm, which subtracts the mean; 0 = rms_norm
+  double eps, offset;
+  Rows x, residual;             // residual: data null without
+  const void *weight, *bias;    // (columns,) contiguous, or null
+  void *y, *residual_out;       // contiguous
+  float *mean, *rstd;           // (rows,), or null
+};
+
+struct NormBwdArgs {
+  int64_t dtype, dy_dtype, weight_dtype, bias_dtype;  // dtype: of x, dresidual and dx
+  int64_t num_threads, rows, columns, center;
+  double offset;
+  Rows dy, dresidual, x;        // dresidual: data null without
+  const void* weight;           // (columns,) contiguous, or null
+  const float *mean, *rstd;     // (rows,)
+  void *dx, *dweight, *dbias;   // contiguous; null where not needed
+};
+
+struct SoftmaxArgs {
+  int64_t dtype, num_threads, rows, columns;
+  Rows x;
+  void* y;  // contiguous
+};
+
+struct SoftmaxBwdArgs {
+  int64_t dtype, num_threads, rows, columns;
+  Rows dy, y;
+  void* dx;  // contiguous
+};
+
+enum OnepassActivation : int64_t { ONEPASS_SILU = 0, ONEPASS_GELU = 1, ONEPASS_GELU_TANH = 2 };
+
+struct GluArgs {
+  int64_t dtype, num_threads, rows, columns, activation;
+  Rows gate, up;
+  void* out;  // contiguous
+};
+
+struct GluBwdArgs {
+  int64_t dtype, num_threads, rows, columns, activation;
+  Rows dout, gate, up;
+  void *dgate, *dup;  // contiguous; null where not needed
+};
+
+struct CrossEntropyArgs {
+  int64_t dtype, num_threads, rows, columns, ignore_index;
+  double label_smoothing, z_loss, softcap;
+  Rows logits;
+  const int64_t* target;  // (rows,)
+  float *loss, *lse;      // (rows,); lse is read in the backward
+};
+
+struct CrossEntropyBwdArgs {
+  CrossEntropyArgs forward;
+  const float *dloss, *dlse;  // (rows,); dlse null: no gradient
+  int64_t stride_dloss, stride_dlse;
+  int64_t first_class, classes;  // the logits are columns first_class, first_class + 1, ... of `classes`
+  Rows dlogits;                  // may be the logits themselves
+};
+
+struct RopeArgs {
+  int64_t dtype, num_threads, batch, seqlen, nheads_q, nheads_kv, head_dim, rotary_dim;
+  int64_t interleaved, inverse;
+  Tensor4 q, k;
+  void *q_out, *k_out;     // contiguous
+  const float *cos, *sin;  // rows of rotary_dim / 2
+  int64_t stride_cos_b, stride_cos_s, stride_sin_b, stride_sin_s;
+  const int64_t* position_ids;  // (batch, seqlen): rows of cos and sin, of which there are table_rows; or null
+  int64_t stride_position_b, stride_position_s, table_rows;
+};
+
+struct RepeatKvArgs {
+  int64_t dtype, num_threads, batch, seqlen, nheads_kv, head_dim, n_rep;
+  Tensor4 x;  // what is repeated; in the backward the gradient of the repeated heads
+  void* out;  // contiguous
+};
+
+enum OnepassMemoryAccess : int64_t { ONEPASS_READ = 0, ONEPASS_COPY = 1, ONEPASS_STREAM = 2 };  // stream: a copy past the caches
+
+struct BandwidthArgs {
+  int64_t num_threads, access, bytes, block_bytes;  // bytes: read in all
+  double seconds;
+  double* gigabytes_per_second;  // read and written
+};
+
 // One of the four steps of attention in onepass.lab: fp32, every tensor's stride_d is 1.
 struct LabAttentionArgs {
   int64_t num_threads;

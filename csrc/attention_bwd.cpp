@@ -155,7 +155,7 @@ ONEPASS_INLINE void store_tile_rows(bf16* P, bf16* dS, bf16* dS_pairs, int64_t j
 // Scores and dP to P and dS, N vectors from `first` on. MASKED: unseen scores (-inf) give 0 whatever lse, dP and delta
 // are: a NaN stays with the keys that its query sees.
 template <class Compute, int N, bool MASKED>
-ONEPASS_INLINE void gradient_tile(Scratch<Compute>& t, int first, Rows rows, float scale) {
+ONEPASS_INLINE void gradient_tile(Scratch<Compute>& t, int first, TileRows rows, float scale) {
   const vf factor = broadcast(scale);
 #pragma GCC unroll 4
   for (int n = first; n < first + N; n++) {
@@ -237,7 +237,7 @@ struct Range {  // one piece of work
   // Some rows of the tile that begins r keys into the range, against N vectors of queries from the block's vector n on
   // (i0 is the first of these queries): P and dS, and what they add to dQ.
   template <int N>
-  __attribute__((always_inline)) void tile_part(int n, int64_t i0, int64_t r, int64_t count, Rows rows, bool masked) {
+  __attribute__((always_inline)) void tile_part(int n, int64_t i0, int64_t r, int64_t count, TileRows rows, bool masked) {
     constexpr int STEP = Compute::STEP;
     const int64_t lane = n * VW, steps = ceil_div(min_of(rows.end, count) - rows.begin, STEP);
     const Tile<Elem> tile_K = {K.data + r * K.stride, K.stride}, tile_V = {V.data + r * V.stride, V.stride};

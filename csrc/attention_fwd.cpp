@@ -53,7 +53,7 @@ ONEPASS_INLINE void store_weights(bf16* P, int64_t j, int n, const vf (&p)[4]) {
 // Scores to weights: m and l of the queries take in these rows, e^(m_old - m_new) is left in rescale. False if that is
 // 1 for all.
 template <class Compute, int N>
-ONEPASS_INLINE bool softmax_tile(Scratch<Compute>& t, float* m, float* l, Rows rows, float scale) {
+ONEPASS_INLINE bool softmax_tile(Scratch<Compute>& t, float* m, float* l, TileRows rows, float scale) {
   const vf factor = broadcast(scale);
   bool any_rescaled = false;
 #pragma GCC unroll 4
@@ -87,7 +87,7 @@ ONEPASS_INLINE bool softmax_tile(Scratch<Compute>& t, float* m, float* l, Rows r
 // Some rows of a tile of keys against N vectors of a block's queries, of which i0 is the first and `lane` its place.
 template <class Compute, int N>
 ONEPASS_INLINE void attend_part(Scratch<Compute>& t, const AttentionProblem& p, KeyMask mask, float scale, int64_t block,
-                                int64_t lane, int64_t i0, int64_t j0, int64_t keys, Rows rows, bool masked,
+                                int64_t lane, int64_t i0, int64_t j0, int64_t keys, TileRows rows, bool masked,
                                 Tile<typename Compute::Elem> K, Tile<typename Compute::Elem> V) {
   constexpr int STEP = Compute::STEP;
   score_tile<Compute, N, true>(t.S, K, rows, p.head_dim, t.Qt + block * t.q_size + lane * STEP, t.tile_max);

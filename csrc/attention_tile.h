@@ -51,16 +51,16 @@ ONEPASS_INLINE Visible visible(const AttentionProblem& p, KeyMask mask, int64_t 
 }
 
 // Rows of a tile, in whole groups of TILE_M.
-struct Rows {
+struct TileRows {
   int64_t begin, end;
   bool empty() const { return begin >= end; }
   bool has(int64_t r) const { return begin <= r && r < end; }
 };
 
 // The rows that hold every key that one of the queries sees, as far as their positions tell (a key mask is not asked).
-ONEPASS_INLINE Rows rows_seen(const AttentionProblem& p, int64_t i0, int64_t queries, int64_t j0, int64_t keys) {
+ONEPASS_INLINE TileRows rows_seen(const AttentionProblem& p, int64_t i0, int64_t queries, int64_t j0, int64_t keys) {
   const int64_t first = max_of(0, first_key(p, i0) - j0), end = min_of(keys, end_key(p, i0 + queries - 1) - j0);
-  return first < end ? Rows{first / TILE_M * TILE_M, round_up(end, TILE_M)} : Rows{0, 0};
+  return first < end ? TileRows{first / TILE_M * TILE_M, round_up(end, TILE_M)} : TileRows{0, 0};
 }
 
 struct Vectors {  // of a block's queries
@@ -74,14 +74,14 @@ template <int N>
 struct TileParts {
   const Visible seen;
   bool by_vector = false;
-  Rows rows[N];  // of each vector
+  TileRows rows[N];  // of each vector
 
   TileParts(const AttentionProblem& p, KeyMask mask, int64_t i0, int64_t queries, int64_t j0, int64_t keys)
       : seen(visible(p, mask, i0, queries, j0, keys)) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) {
       const int64_t lane = n * VW, count = min_of(VW, queries - lane);
-      rows[n] = seen == Visible::ALL ? Rows{0, keys} : rows_seen(p, i0 + lane, count, j0, keys);
+      rows[n] = seen == Visible::ALL ? TileRows{0, keys} : rows_seen(p, i0 + lane, count, j0, keys);
       by_vector |= rows[n].begin > 0 || rows[n].end < keys;
     }
   }
@@ -99,7 +99,7 @@ struct TileParts {
 // query.
 template <int N>
 ONEPASS_INLINE void mask_tile(float* S, const AttentionProblem& p, KeyMask mask, int64_t i0, int64_t j0, int64_t keys,
-                              Rows rows) {
+                              TileRows rows) {
   constexpr int LANES = N * VW;
   for (int64_t r = rows.begin; r < rows.end; r++) {
     const int64_t j = j0 + r;
@@ -333,7 +333,7 @@ ONEPASS_INLINE Tile<bf16> value_tile(Bf16Pairs, bf16* scratch, const bf16* src, 
 // S^T = K x Q^T for some rows of a tile. With COLUMN_MAX also the largest score of each query (valid if nothing is
 // masked).
 template <class Compute, int N, bool COLUMN_MAX>
-ONEPASS_INLINE void score_tile(float* S, Tile<typename Compute::Elem> K, Rows rows, int64_t depth,
+ONEPASS_INLINE void score_tile(float* S, Tile<typename Compute::Elem> K, TileRows rows, int64_t depth,
                                const typename Compute::Elem* Qt, float* tile_max) {
   constexpr int STEP = Compute::STEP;
   for (int n = 0; COLUMN_MAX && n < N * VW; n++) tile_max[n] = NEG_INF;

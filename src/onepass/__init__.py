@@ -11,10 +11,35 @@ from typing import Any
 from onepass.core.errors import UnsupportedError
 from onepass.core.registry import explain, use_backend
 from onepass.ops.attention.api import attention, attention_decode, merge_attention
+from onepass.ops.cross_entropy.api import cross_entropy, linear_cross_entropy
+from onepass.ops.norm.api import layer_norm, rms_norm
+from onepass.ops.repeat_kv.api import repeat_kv
+from onepass.ops.rope.api import rope
+from onepass.ops.rope.table import RopeScaling, rope_table
+from onepass.ops.softmax.api import softmax
+from onepass.ops.swiglu.api import geglu, swiglu
 
 __version__ = "0.1.0"
 
-__all__ = ["UnsupportedError", "attention", "attention_decode", "explain", "merge_attention", "use_backend"]
+__all__ = [
+    "RopeScaling",
+    "UnsupportedError",
+    "attention",
+    "attention_decode",
+    "cross_entropy",
+    "explain",
+    "geglu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "merge_attention",
+    "repeat_kv",
+    "rms_norm",
+    "rope",
+    "rope_table",
+    "softmax",
+    "swiglu",
+    "use_backend",
+]
 
 _SUBPACKAGES = ("lab", "nn")
 

@@ -11,7 +11,15 @@ import torch
 
 import onepass
 from onepass import lab
+from onepass.bench.bandwidth import memory_bandwidth
 from onepass.bench.peak import fma_peak
+from onepass.ops.cross_entropy import cpu as cross_entropy
+from onepass.ops.norm import cpu as norm
+from onepass.ops.norm import reference as norm_reference
+from onepass.ops.repeat_kv import cpu as repeat_kv
+from onepass.ops.rope import cpu as rope
+from onepass.ops.softmax import cpu as softmax
+from onepass.ops.swiglu import cpu as swiglu
 
 DTYPES = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 SHAPES = [  # batch, seqlen_q, seqlen_k, nheads_q, nheads_kv, head_dim, head_dim_v
@@ -94,6 +102,90 @@ def run_lab() -> None:
             compare(f"lab {step} {seqlen_q} {seqlen_k} {head_dim} {causal} {blocks}", found, expected, 1e-4)
 
 
+ROWS = [(1, 1), (5, 17), (300, 33), (3, 4096), (2, 9001), (1, 40000), (5, 40000), (0, 7)]  # rows, columns
+
+
+def rows(shape: tuple[int, int], dtype: torch.dtype, strided: bool) -> torch.Tensor:
+    """Strided: with a gap of 3 columns between rows."""
+    return torch.randn(shape[0], shape[1] + 3).to(dtype)[:, 3:] if strided else torch.randn(shape).to(dtype)
+
+
+def run_norm(shape: tuple[int, int], dtype: torch.dtype, center: bool, residual: bool, strided: bool) -> None:
+    x, dy = rows(shape, dtype, strided), rows(shape, dtype, strided)
+    weight, bias = torch.randn(shape[1]), torch.randn(shape[1]).to(dtype) if center else None
+    added = rows(shape, torch.float32 if strided else dtype, strided) if residual else None
+    results = []
+    for module in (norm, norm_reference):
+        y, z, mean, rstd = module.forward(x, weight, bias, added, 1e-5, 0.5, center, True)
+        z = x if added is None else z
+        dz = None if added is None else rows(shape, z.dtype, False).fill_(0.25)
+        gradients = module.backward(dy, dz, z, weight, bias, mean, rstd, 0.5, center, True, True, center)
+        results.append((y, z, mean, rstd, *gradients))
+    for name, found, expected in zip(
+        ("y", "residual_out", "mean", "rstd", "dx", "dweight", "dbias"), *results, strict=True
+    ):
+        compare(f"norm's {name} {shape} {dtype} {center} {residual}", found, expected, 8 * DTYPES[dtype])
+
+
+def run_rows(shape: tuple[int, int], dtype: torch.dtype, strided: bool) -> None:
+    """softmax, the gated units and cross entropy against autograd."""
+    x, up, dy = (rows(shape, dtype, strided) for _ in range(3))
+    wide_x, wide_up = x.double().requires_grad_(), up.double().requires_grad_()
+    y = torch.softmax(wide_x, -1)
+    found = softmax.forward(x)
+    compare(f"softmax {shape} {dtype}", found, y, DTYPES[dtype])
+    (dx,) = torch.autograd.grad(y, wide_x, dy.double())
+    compare(f"softmax's dx {shape} {dtype}", softmax.backward(dy, found), dx, DTYPES[dtype])
+
+    functions = {
+        "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": lambda gate: torch.nn.functional.gelu(gate, approximate="tanh"),
+    }
+    for activation, function in functions.items():
+        out = function(wide_x) * wide_up
+        compare(f"{activation} {shape} {dtype}", swiglu.forward(x, up, activation), out, DTYPES[dtype])
+        expected = torch.autograd.grad(out, (wide_x, wide_up), dy.double())
+        for gradient, wanted in zip(swiglu.backward(dy, x, up, activation, True, True), expected, strict=True):
+            compare(f"{activation}'s gradient {shape} {dtype}", gradient, wanted, DTYPES[dtype])
+
+    target = torch.randint(shape[1], (shape[0],))
+    target[1:2] = -100
+    for softcap in (0.0, 5.0):
+        logits = softcap * torch.tanh(wide_x / softcap) if softcap else wide_x
+        lse = torch.logsumexp(logits, -1)
+        picked = logits.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        losses = lse - 0.9 * picked - 0.1 * logits.mean(-1) + 0.01 * lse**2
+        losses = torch.where(target == -100, 0.0, losses)
+        options = (-100, 0.1, 0.01, softcap)
+        loss, found = cross_entropy.forward(x, target, *options)
+        compare(f"cross_entropy {shape} {dtype} {softcap}", loss, losses, 1e-4)
+        (dx,) = torch.autograd.grad(losses.sum(), wide_x)
+        gradient = cross_entropy.backward(torch.ones(1).expand(shape[0]), None, x, target, found, *options)
+        compare(f"cross_entropy's dlogits {shape} {dtype} {softcap}", gradient, dx, DTYPES[dtype])
+
+
+def run_heads(dtype: torch.dtype, head_dim: int, rotary_dim: int, strided: bool) -> None:
+    """rope there and back, repeat_kv and its gradient."""
+    q, k, _ = tensors((2, 37, 37, 4, 2, head_dim, head_dim), dtype, strided)
+    angles = torch.rand(50, rotary_dim // 2)
+    positions = torch.randint(50, (2, 37), dtype=torch.int32)
+    for interleaved in (False, True):
+        turned = rope.forward(q, k, angles.cos(), angles.sin(), positions, interleaved, False)
+        back = rope.forward(*turned, angles.cos(), angles.sin(), positions, interleaved, True)
+        for before, after in zip((q, k), back, strict=True):
+            compare(f"rope {dtype} {head_dim} {rotary_dim} {interleaved}", after, before, DTYPES[dtype])
+    message = ""
+    try:
+        rope.forward(q, k, angles.cos()[:9], angles.sin()[:9], positions, False, False)
+    except ValueError as error:
+        message = str(error)
+    assert "position_ids" in message, "positions out of range were not found"
+    compare(f"repeat_kv {dtype}", repeat_kv.forward(k, 3), k.repeat_interleave(3, 2), 0.0)
+    summed = q.double().unflatten(2, (2, 2)).sum(3)
+    compare(f"repeat_kv's dx {dtype}", repeat_kv.backward(q, 2), summed, DTYPES[dtype])
+
+
 def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(2)
@@ -107,7 +199,15 @@ def main() -> None:
         for seqlen_q, capacity, heads, splits in itertools.product((1, 3), (7, 130), ((1, 1), (8, 2)), (None, 1, 3)):
             run_decode(dtype, seqlen_q, capacity, heads, splits)
         run_merge(dtype)
+        for shape, strided in itertools.product(ROWS, (False, True)):
+            for center, residual in itertools.product((False, True), (False, True)):
+                run_norm(shape, dtype, center, residual, strided)
+            run_rows(shape, dtype, strided)
+        for head_dim, rotary_dim, strided in itertools.product((33, 64), (2, 18, 32), (False, True)):
+            run_heads(dtype, head_dim, rotary_dim, strided)
     run_lab()
+    for access in ("read", "copy", "stream"):
+        assert memory_bandwidth(access, 100_000, 2, 5_000, 0.001) > 0.0
     for dtype in (torch.float32, torch.bfloat16):
         assert fma_peak(dtype, 2, 0.001) > 0.0
     print("all kernels ran")

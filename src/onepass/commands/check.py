@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import click
 import torch
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -74,16 +75,20 @@ def _cell(units: float | None) -> Text:
     return Text(f"{units:.2f}", style="green" if units <= 1.0 else "bold red")
 
 
-def errors_table(rows: Sequence[Row]) -> Table:
-    """A row per backend and dtype, a column per output and gradient."""
-    tensors = list(dict.fromkeys(tensor for row in rows for tensor in row.worst))
-    table = Table(
-        title="Worst error against fp64, in units of the error budget: at most 1 passes",
-        title_justify="left",
-        caption=f"instruction set {cpu_library.isa()}; docs/numerics.md defines the budget",
-        caption_justify="left",
+def errors_table(rows: Sequence[Row]) -> Group:
+    """For each operation a table: a row per backend and dtype, a column per output and gradient."""
+    operations = list(dict.fromkeys(row.op for row in rows))
+    return Group(
+        "Worst error against fp64, in units of the error budget: at most 1 passes",
+        *(_operation_table(op, [row for row in rows if row.op == op]) for op in operations),
+        f"instruction set {cpu_library.isa()}; docs/numerics.md defines the budget",
     )
-    for heading in ("operation", "backend", "dtype"):
+
+
+def _operation_table(op: str, rows: Sequence[Row]) -> Table:
+    tensors = list(dict.fromkeys(tensor for row in rows for tensor in row.worst))
+    table = Table(title=op, title_justify="left")
+    for heading in ("backend", "dtype"):
         table.add_column(heading)
     table.add_column("cases", justify="right")
     for tensor in tensors:
@@ -91,7 +96,7 @@ def errors_table(rows: Sequence[Row]) -> Table:
     table.add_column("worst case", overflow="fold")
     for row in rows:
         cells = [_cell(row.worst.get(tensor)) for tensor in tensors]
-        facts = (row.op, row.backend, str(row.dtype).removeprefix("torch."), str(row.cases))
+        facts = (row.backend, str(row.dtype).removeprefix("torch."), str(row.cases))
         table.add_row(*facts, *cells, row.worst_case)
     return table
 

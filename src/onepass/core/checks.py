@@ -28,6 +28,13 @@ def require_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def require_tensors(**values: Any) -> None:
+    """Each a tensor, or None where it was not given."""
+    for name, value in values.items():
+        if value is not None:
+            require_tensor(name, value)
+
+
 def require_strided(name: str, tensor: Tensor) -> None:
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"layout {str(tensor.layout).removeprefix('torch.')}"
@@ -69,7 +76,7 @@ def finite_float(name: str, value: Any) -> float:
     if isinstance(value, Tensor) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     result = float(value)
-    if not math.isfinite(result):
+    if not -math.inf < result < math.inf:  # math.isfinite cannot be traced for floats that torch.compile makes symbolic
         raise ValueError(f"{name} must be finite, got {result}")
     return result
 

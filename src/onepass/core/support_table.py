@@ -11,9 +11,10 @@ import pkgutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onepass.ops
-from onepass.core.registry import SupportTable
+from onepass.core.registry import Kernel, SupportTable
 
 _BEGIN, _END = "<!-- support:begin -->", "<!-- support:end -->"
 _MADE_BY = "Made by `python -m onepass.core.support_table` from the tables that choose the kernels."
@@ -31,6 +32,10 @@ def support_tables() -> Iterator[SupportTable]:
             yield from importlib.import_module(f"{module.name}.kernels").SUPPORT
 
 
+def _reasons(kernel: Kernel, spec: Any) -> list[str]:
+    return kernel.unsupported(spec._replace(arch=kernel.shown_on))
+
+
 def readme_section() -> str:
     """One table: a row for each feature, a column for each direction, the backends that have it in the cells."""
     tables = list(support_tables())
@@ -38,7 +43,7 @@ def readme_section() -> str:
     for support in tables:
         chosen = [kernel for kernel in support.table.kernels if not kernel.by_name_only]
         for feature, spec in support.features().items():
-            able = [kernel.backend for kernel in chosen if not kernel.unsupported(spec)]
+            able = [kernel.backend for kernel in chosen if not _reasons(kernel, spec)]
             rows.setdefault(feature, {})[support.title] = ", ".join(able) or _NO
     titles = [support.title for support in tables]
     lines = [f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
@@ -58,7 +63,7 @@ def backends_page() -> str:
         lines += ["", f"## {support.title}", ""]
         lines += [f"| | {' | '.join(kernel.backend for kernel in kernels)} |", "|---" * (len(kernels) + 1) + "|"]
         for feature, spec in support.features().items():
-            cells = ["; ".join(kernel.unsupported(spec)) or _YES for kernel in kernels]
+            cells = ["; ".join(_reasons(kernel, spec)) or _YES for kernel in kernels]
             lines.append(f"| {feature} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

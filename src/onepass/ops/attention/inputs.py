@@ -259,9 +259,11 @@ class DecodeCase:
     def terms(self, inputs: Mapping[str, Tensor]) -> dict[str, float]:
         if 0 in inputs["q"].shape:
             return {"lse": LSE_TERMS}
-        exact = {name: x.double() for name, x in inputs.items() if x.dtype.is_floating_point}
-        sizes = exact | {"v_cache": exact["v_cache"].abs()}
-        return {"lse": LSE_TERMS, "out": float(self.call({**inputs, **sizes}, "reference")["out"].max())}
+        exact = {name: inputs[name].double() for name in ("q", "k_cache", "v_cache")}
+        sizes = {**inputs, **exact, "v_cache": exact["v_cache"].abs()}
+        if "attn_sink" in inputs:
+            sizes["attn_sink"] = inputs["attn_sink"].double()
+        return {"lse": LSE_TERMS, "out": float(self.call(sizes, "reference")["out"].max())}
 
     def backends(self, inputs: Mapping[str, Tensor]) -> list[str]:
         q, k, v = (inputs[name] for name in ("q", "k_cache", "v_cache"))

@@ -1,0 +1,89 @@
+"""An operation of torch.library in one object: schema, body, fake, gradient, and the short way of a plain call.
+
+Every operation's last argument is `str backend`, "" to leave the choice to the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from onepass.core import torch_compat
+from onepass.core.registry import KernelTable, select
+
+Call = tuple[Any, ...]
+
+LIBRARY = torch.library.Library("onepass", "FRAGMENT")
+
+
+class Operation:
+    """`torch.ops.onepass.<name>`.
+
+    schema: of torch.library, with `str backend` as the last argument; outputs never alias inputs.
+    table:  the kernels that do it; a launcher takes the arguments but for the backend.
+    facts:  checks those arguments and gives the fields of the table's spec.
+    fake:   outputs of the right shape, dtype and device, for the same arguments.
+    save, differentiate: as torch.library.register_autograd has them; without them differentiating raises `refusal`.
+    public: the public function, for messages.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        table: KernelTable,
+        facts: Callable[..., Call],
+        fake: Callable[..., Any],
+        public: str,
+        save: Callable[[Any, Call, Any], None] | None = None,
+        differentiate: Callable[..., tuple[Any, ...]] | None = None,
+        refusal: str = "",
+    ) -> None:
+        self.table, self.facts = table, facts
+        name = schema.partition("(")[0]
+        LIBRARY.define(schema)
+        self.op = getattr(torch.ops.onepass, name).default
+
+        def checked_fake(*args: Any) -> Any:
+            facts(*args[:-1])
+            return fake(*args[:-1])
+
+        LIBRARY.impl(name, self.body, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"onepass::{name}", checked_fake, lib=LIBRARY)
+        torch.library.register_vmap(f"onepass::{name}", _refuses_vmap(public), lib=LIBRARY)
+        if differentiate is None:
+            refusal = refusal or f"onepass.{public} has no second derivative (create_graph=True)"
+            save, differentiate = _save_nothing, _refuses_gradient(refusal)
+        assert save is not None
+        torch_compat.register_autograd(LIBRARY, self.op, save, differentiate)
+
+    def body(self, *args: Any) -> Any:
+        """Checks, chooses, launches."""
+        call = args[:-1]
+        return select(self.table, self.facts(*call), args[-1])(*call)
+
+    def __call__(self, *args: Any) -> Any:
+        """Through the dispatcher."""
+        return self.op(*args)
+
+
+def _save_nothing(ctx: Any, inputs: Call, outputs: Any) -> None:
+    pass
+
+
+def _refuses_gradient(message: str) -> Any:
+    def differentiate(ctx: Any, *gradients: Any) -> NoReturn:
+        raise NotImplementedError(message)
+
+    return differentiate
+
+
+def _refuses_vmap(public: str) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"torch.vmap over onepass.{public} is not supported: make the mapped dimension a leading dimension of x"
+        )
+
+    return vmap

@@ -1,0 +1,89 @@
+"""The C++ kernels of cross entropy: packs a call into the argument structs of csrc/abi.h."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from onepass.core import cpu_library
+from onepass.core.rows import row_stride
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# struct CrossEntropyArgs and CrossEntropyBwdArgs: q = int64_t or pointer, d = double.
+_CROSS_ENTROPY = "5q3d5q"
+_FWD = struct.Struct(f"={_CROSS_ENTROPY}")
+_BWD = struct.Struct(f"={_CROSS_ENTROPY}8q")
+
+
+def _refuse(target: Tensor, classes: int, ignore_index: int) -> ValueError:
+    """The error for the first target that is out of range."""
+    flat = target.reshape(-1)
+    row = int(torch.nonzero(((flat < 0) | (flat >= classes)) & (flat != ignore_index))[0])
+    return ValueError(
+        f"target[{row}] is {int(flat[row])}; expected 0 to {classes - 1} ({classes} classes) "
+        f"or ignore_index={ignore_index}"
+    )
+
+
+def forward(
+    logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """loss and lse of each row."""
+    rows, columns = logits.shape
+    loss, lse = torch.empty(rows), torch.empty(rows)
+    if rows:
+        target = target.contiguous()
+        logits, stride = row_stride(logits)
+        arguments = _FWD.pack(
+            _DTYPES[logits.dtype], torch.get_num_threads(), rows, columns, ignore_index,
+            label_smoothing, z_loss, softcap,
+            logits.data_ptr(), stride, target.data_ptr(), loss.data_ptr(), lse.data_ptr(),
+        )  # fmt: skip
+        try:
+            cpu_library.kernel("cross_entropy_fwd")(arguments)
+        except IndexError:  # the kernel looks at the targets anyway; the words are found here
+            raise _refuse(target, columns, ignore_index) from None
+    return loss, lse
+
+
+def backward(
+    dloss: Tensor,
+    dlse: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    first_class: int = 0,
+    classes: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """dlogits in logits' dtype.
+
+    logits may be the columns first_class, first_class + 1, ... of `classes` (0: they are all); targets count from the
+    first of all. `out`, which may be logits itself, receives the result where it is given; its columns are adjacent.
+    """
+    rows, columns = logits.shape
+    classes = classes or columns
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype) if out is None else out
+    if rows:
+        target, lse = target.contiguous(), lse.contiguous()
+        logits, stride = row_stride(logits)
+        arguments = _BWD.pack(
+            _DTYPES[logits.dtype], torch.get_num_threads(), rows, columns, ignore_index,
+            label_smoothing, z_loss, softcap,
+            logits.data_ptr(), stride, target.data_ptr(), 0, lse.data_ptr(),
+            dloss.data_ptr(), 0 if dlse is None else dlse.data_ptr(),
+            dloss.stride(0), 0 if dlse is None else dlse.stride(0), first_class, classes,
+            dlogits.data_ptr(), dlogits.stride(0),
+        )  # fmt: skip
+        try:
+            cpu_library.kernel("cross_entropy_bwd")(arguments)
+        except IndexError:
+            raise _refuse(target, classes, ignore_index) from None
+    return dlogits

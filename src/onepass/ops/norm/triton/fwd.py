@@ -1,0 +1,295 @@
+"""rms_norm and layer_norm on GPUs, forward.
+
+Rows up to 16384 columns are one tile in registers. Wider ones are held in registers too, step by step and in their own
+dtype, as long as they fit (65536 columns of bf16): read once, written once. Beyond that a row is walked twice, first
+for its statistics and then to be normalised; the second walk finds most of it in the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onepass.core.rows import as_row, as_rows, empty_rows
+from onepass.core.triton_backend import Description, Launcher, aligned, most_warps, pointer
+from onepass.ops.norm.spec import statistics_dtype, sum_dtype
+from onepass.ops.norm.triton.config import FORWARD_WIDE, LARGEST_TILE, forward_held, forward_rows
+
+
+@triton.jit
+def _affine(y, weight_ptr, bias_ptr, cols, mask, offset, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
+    if HAS_WEIGHT:
+        y *= tl.load(weight_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32) + offset
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    return y
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _rows_fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
+    rows, columns, stride_x, stride_residual, eps, offset, zero,
+    CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    STATISTICS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    col = tl.arange(0, BLOCK_COLS)[None, :]
+    mask = (row < rows) & (col < columns)
+    z = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        z += tl.load(residual_ptr + row * stride_residual + col, mask=mask, other=0.0).to(tl.float32)
+        rounded = z.to(residual_out_ptr.dtype.element_ty)
+        tl.store(residual_out_ptr + row * columns + col, rounded, mask=mask)
+        z = rounded.to(tl.float32)
+    if CENTER:
+        mean = tl.sum(z, 1, keep_dims=True) / columns
+        z = tl.where(mask, z - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(z * z, 1, keep_dims=True) / columns + eps)
+    y = _affine(z * rstd, weight_ptr, bias_ptr, col, col < columns, offset, HAS_WEIGHT, HAS_BIAS)
+    tl.store(y_ptr + row * columns + col, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if STATISTICS:
+        tl.store(rstd_ptr + row, rstd, mask=row < rows)
+        if CENTER:
+            tl.store(mean_ptr + row, mean, mask=row < rows)
+
+
+@triton.jit
+def _unlike(z, zero):
+    """z, in a way that the compiler cannot see: else it would keep the fp32 of an earlier conversion in registers."""
+    if z.dtype != tl.float32:
+        z = (z.to(tl.int16, bitcast=True) ^ zero.to(tl.int16)).to(z.dtype, bitcast=True)
+    return z
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _held_fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
+    rows, columns, stride_x, stride_residual, eps, offset, zero,
+    CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    STATISTICS: tl.constexpr, BLOCK_COLS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK_COLS)
+    lane_sum = tl.zeros((BLOCK_COLS,), tl.float32)
+    lane_square = tl.zeros((BLOCK_COLS,), tl.float32)
+    held = ()
+    for step in tl.static_range(STEPS):
+        col = step * BLOCK_COLS + lane
+        mask = col < columns
+        z = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0)
+        if HAS_RESIDUAL:
+            r = tl.load(residual_ptr + row * stride_residual + col, mask=mask, other=0.0)
+            z = (z.to(tl.float32) + r.to(tl.float32)).to(residual_out_ptr.dtype.element_ty)
+            tl.store(residual_out_ptr + row * columns + col, z, mask=mask)
+        held = held + (z,)  # noqa: RUF005 (Triton knows no unpacking)
+        wide = z.to(tl.float32)
+        if CENTER:
+            lane_sum += wide
+        else:
+            lane_square += wide * wide
+    mean = 0.0
+    if CENTER:
+        mean = tl.sum(lane_sum, 0) / columns
+        for step in tl.static_range(STEPS):
+            wide = _unlike(held[step], zero).to(tl.float32)
+            deviation = tl.where(step * BLOCK_COLS + lane < columns, wide - mean, 0.0)
+            lane_square += deviation * deviation
+        zero &= mean.to(tl.int32, bitcast=True)  # still 0, and another one to the compiler
+    rstd = tl.rsqrt(tl.sum(lane_square, 0) / columns + eps)
+    if STATISTICS:
+        tl.store(rstd_ptr + row, rstd)
+        if CENTER:
+            tl.store(mean_ptr + row, mean)
+    for step in tl.static_range(STEPS):
+        col = step * BLOCK_COLS + lane
+        mask = col < columns
+        z = _unlike(held[step], zero).to(tl.float32)
+        y = _affine((z - mean) * rstd, weight_ptr, bias_ptr, col, mask, offset, HAS_WEIGHT, HAS_BIAS)
+        tl.store(y_ptr + row * columns + col, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _wide_fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
+    rows, columns, stride_x, stride_residual, eps, offset, zero,
+    CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    STATISTICS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    # Each lane keeps the mean and the squared deviations of the columns that it has seen (Welford 1962).
+    lane_mean = tl.zeros((BLOCK_COLS,), tl.float32)
+    lane_square = tl.zeros((BLOCK_COLS,), tl.float32)
+    steps = 0
+    for start in tl.range(0, columns, BLOCK_COLS):
+        col = start + tl.arange(0, BLOCK_COLS)
+        mask = col < columns
+        z = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            z += tl.load(residual_ptr + row * stride_residual + col, mask=mask, other=0.0).to(tl.float32)
+            rounded = z.to(residual_out_ptr.dtype.element_ty)
+            tl.store(residual_out_ptr + row * columns + col, rounded, mask=mask)
+            z = rounded.to(tl.float32)
+        if CENTER:
+            steps += 1
+            deviation = tl.where(mask, z - lane_mean, 0.0)
+            lane_mean += deviation / steps
+            lane_square += deviation * (z - lane_mean)
+        else:
+            lane_square += z * z
+    if CENTER:
+        lane = tl.arange(0, BLOCK_COLS)
+        count = (columns - lane + BLOCK_COLS - 1) // BLOCK_COLS  # columns that the lane has seen
+        mean = tl.sum(lane_mean * count, 0) / columns
+        between = lane_mean - mean
+        variance = tl.sum(lane_square + count * between * between, 0) / columns
+    else:
+        mean = 0.0
+        variance = tl.sum(lane_square, 0) / columns
+    rstd = tl.rsqrt(variance + eps)
+    if STATISTICS:
+        tl.store(rstd_ptr + row, rstd)
+        if CENTER:
+            tl.store(mean_ptr + row, mean)
+    for start in tl.range(0, columns, BLOCK_COLS):
+        col = start + tl.arange(0, BLOCK_COLS)
+        mask = col < columns
+        if HAS_RESIDUAL:
+            z = tl.load(residual_out_ptr + row * columns + col, mask=mask, other=0.0).to(tl.float32)
+        else:
+            z = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0, eviction_policy="evict_first").to(
+                tl.float32
+            )
+        y = _affine((z - mean) * rstd, weight_ptr, bias_ptr, col, mask, offset, HAS_WEIGHT, HAS_BIAS)
+        tl.store(y_ptr + row * columns + col, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+_rows_fwd = Launcher(_rows_fwd_kernel)
+_held_fwd = Launcher(_held_fwd_kernel)
+_wide_fwd = Launcher(_wide_fwd_kernel)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    offset: float,
+    center: bool,
+    statistics: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """y, residual_out, mean, rstd as registration.py has them; None for what is not asked for."""
+    x_rows = as_rows(x)
+    weight, bias = as_row(weight), as_row(bias)
+    residual_rows = None if residual is None else as_rows(residual)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    residual_out = None
+    if residual is not None:
+        residual_out = torch.empty_like(y, dtype=sum_dtype(x, residual))
+    mean = empty_rows(x, statistics_dtype(x.dtype)) if statistics and center else None
+    rstd = empty_rows(x, statistics_dtype(x.dtype)) if statistics else None
+    rows = x_rows.shape[0]
+    if rows:
+        _launch(x_rows, residual_rows, weight, bias, y, residual_out, mean, rstd, eps, offset, center)
+    if not statistics:
+        return y, residual_out, None, None
+    return y, x.new_empty(0) if residual_out is None else residual_out, x.new_empty(0) if mean is None else mean, rstd
+
+
+def direct_forward(call: tuple[Any, ...]) -> Tensor | None:
+    """y of a plain call like one before (registry.direct): contiguous rows and no residual; None for any other."""
+    x, weight, bias, residual, eps, offset, center, _ = call
+    if residual is not None or not x.is_cuda or not x.is_contiguous():
+        return None
+    columns = x.shape[-1]
+    index = x.device.index
+    kind = (
+        x.dtype, None, None if weight is None else weight.dtype, None if bias is None else bias.dtype, center, True,
+        columns, True, columns % 16 == 0, True, True,
+    )  # fmt: skip
+    compiled = _rows_fwd.compiled(index, kind)
+    if compiled is None or not _is_row(weight, columns) or not _is_row(bias, columns):
+        return None
+    y = torch.empty_like(x)
+    x_ptr, weight_ptr, bias_ptr, y_ptr = x.data_ptr(), pointer(weight), pointer(bias), y.data_ptr()
+    rows = x.numel() // columns
+    if not rows or rows >= 2**31 or (x_ptr | weight_ptr | bias_ptr | y_ptr) & 15:
+        return None
+    block_rows = compiled[3][-2]
+    Launcher.run(
+        compiled, -(-rows // block_rows), index,
+        x_ptr, 0, weight_ptr, bias_ptr, y_ptr, 0, 0, 0, rows, columns, columns, 0, eps, offset, 0,
+    )  # fmt: skip
+    return y
+
+
+def _is_row(parameter: Tensor | None, columns: int) -> bool:
+    if parameter is None:
+        return True
+    return parameter.is_cuda and parameter.is_contiguous() and parameter.shape == (columns,)
+
+
+def _launch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    residual_out: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    eps: float,
+    offset: float,
+    center: bool,
+) -> None:
+    rows, columns = x.shape
+    stride_x, stride_residual = x.stride(0), 0 if residual is None else residual.stride(0)
+    pointers = (
+        x.data_ptr(), pointer(residual), pointer(weight), pointer(bias),
+        y.data_ptr(), pointer(residual_out), pointer(mean), pointer(rstd),
+    )  # fmt: skip
+    scalars = (rows, columns, stride_x, stride_residual, eps, offset, 0)
+    small = max(rows, columns, stride_x, stride_residual) < 2**31
+    key = (
+        x.dtype,
+        None if residual is None else residual.dtype,
+        None if weight is None else weight.dtype,
+        None if bias is None else bias.dtype,
+        center,
+        rstd is None,
+        columns,
+        aligned(*pointers),
+        stride_x % 16 == 0,
+        stride_residual % 16 == 0,
+        small,
+    )
+
+    def describe() -> Description:
+        constants = {
+            "CENTER": center,
+            "HAS_RESIDUAL": residual is not None,
+            "HAS_WEIGHT": weight is not None,
+            "HAS_BIAS": bias is not None,
+            "STATISTICS": rstd is not None,
+        }
+        tensors = (x, residual, weight, bias, y, residual_out, mean, rstd)
+        return (*tensors, *scalars), constants | cut, num_warps
+
+    if columns <= LARGEST_TILE:
+        config = forward_rows(columns, center)
+        cut, num_warps = {"BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols}, config.num_warps
+        kernel, programs = _rows_fwd, -(-rows // config.block_rows)
+    elif (held := forward_held(columns, (x if residual_out is None else residual_out).element_size())) is not None:
+        cut, num_warps = (
+            {"BLOCK_COLS": held.block_cols, "STEPS": -(-columns // held.block_cols)},
+            min(held.num_warps, most_warps(x.device)),
+        )
+        kernel, programs = _held_fwd, rows
+    else:
+        cut, num_warps = {"BLOCK_COLS": FORWARD_WIDE.block_cols}, FORWARD_WIDE.num_warps
+        kernel, programs = _wide_fwd, rows
+    kernel(key, (programs, 1, 1), x.device, (*pointers, *scalars), describe)

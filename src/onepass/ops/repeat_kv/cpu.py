@@ -1,0 +1,38 @@
+"""The C++ kernels of repeat_kv: packs a call into the argument struct of csrc/abi.h."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from onepass.core import cpu_library
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# struct RepeatKvArgs.
+_ARGS = struct.Struct("=13q")
+
+
+def _launch(kernel: str, x: Tensor, nheads_kv: int, n_rep: int, out: Tensor) -> Tensor:
+    batch, seqlen, _, head_dim = x.shape
+    cpu_library.kernel(kernel)(
+        _ARGS.pack(
+            _DTYPES[x.dtype], torch.get_num_threads(), batch, seqlen, nheads_kv, head_dim, n_rep,
+            x.data_ptr(), *x.stride(), out.data_ptr(),
+        )
+    )  # fmt: skip
+    return out
+
+
+def forward(x: Tensor, n_rep: int) -> Tensor:
+    batch, seqlen, nheads_kv, head_dim = x.shape
+    out = torch.empty(batch, seqlen, nheads_kv * n_rep, head_dim, dtype=x.dtype)
+    return _launch("repeat_kv_fwd", x, nheads_kv, n_rep, out)
+
+
+def backward(dout: Tensor, n_rep: int) -> Tensor:
+    batch, seqlen, nheads, head_dim = dout.shape
+    dx = torch.empty(batch, seqlen, nheads // n_rep, head_dim, dtype=dout.dtype)
+    return _launch("repeat_kv_bwd", dout, nheads // n_rep, n_rep, dx)

@@ -1,0 +1,39 @@
+"""How the softmax kernels are cut, by the number of columns. Every constant that tuning may change is here."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class SoftmaxConfig:
+    """block_rows x block_cols elements are held at a time; rows wider than block_cols are walked in steps of it."""
+
+    block_rows: int
+    block_cols: int
+    num_warps: int
+    # Rows wider than block_cols only.
+    stages: int = 1  # steps that are loaded ahead
+    programs_per_processor: int = 0  # rows in flight on a multiprocessor: they must fit the cache; 0: a program a row
+
+
+_MOST_WARPS = 32 if torch.version.hip is None else 16  # a block has 1024 threads at most
+_FORWARD_WHOLE_ROW = 32768  # the widest row that is held in registers
+_BACKWARD_WHOLE_ROW = 16384
+_FORWARD_WIDE = SoftmaxConfig(1, 8192, _MOST_WARPS, stages=1, programs_per_processor=2)
+_BACKWARD_WIDE = SoftmaxConfig(1, 8192, _MOST_WARPS, stages=1, programs_per_processor=1)
+
+
+def forward_config(columns: int) -> SoftmaxConfig:
+    return _FORWARD_WIDE if columns > _FORWARD_WHOLE_ROW else _whole_row(columns, elements_per_thread=16)
+
+
+def backward_config(columns: int) -> SoftmaxConfig:
+    return _BACKWARD_WIDE if columns > _BACKWARD_WHOLE_ROW else _whole_row(columns, elements_per_thread=16)
+
+
+def _whole_row(columns: int, elements_per_thread: int) -> SoftmaxConfig:
+    block_cols = max(16, 1 << (columns - 1).bit_length())
+    block_rows = max(1, min(16, 4096 // block_cols))
+    warps = block_rows * block_cols // elements_per_thread // 32
+    return SoftmaxConfig(block_rows, block_cols, max(1, min(_MOST_WARPS, warps)))

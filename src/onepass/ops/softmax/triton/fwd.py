@@ -1,0 +1,91 @@
+"""softmax on GPUs, forward.
+
+Rows that fit are held in registers: read once, written once. Wider rows are walked twice, first for their maximum and
+sum and then to be normalised. No more rows are in flight than the cache holds, so the second walk stays out of memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onepass.core.rows import as_rows
+from onepass.core.triton_backend import Launcher, multiprocessors
+from onepass.ops.softmax.triton.config import forward_config
+
+
+@triton.jit
+def _rows_fwd_kernel(
+    x_ptr, y_ptr, rows, columns, stride_x, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    col = tl.arange(0, BLOCK_COLS)[None, :]
+    mask = (row < rows) & (col < columns)
+    x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=-float("inf")).to(tl.float32)
+    e = tl.exp(x - tl.max(x, 1, keep_dims=True))
+    y = e * (1.0 / tl.sum(e, 1, keep_dims=True))
+    tl.store(y_ptr + row * columns + col, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _wide_fwd_kernel(
+    x_ptr, y_ptr, rows, columns, stride_x, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    for row_32 in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.full((), 0, tl.int64) + row_32
+        largest = tl.full((), -float("inf"), tl.float32)
+        lane_sum = tl.zeros((BLOCK_COLS,), tl.float32)
+        for start in tl.range(0, columns, BLOCK_COLS, num_stages=STAGES):
+            col = start + tl.arange(0, BLOCK_COLS)
+            x = tl.load(
+                x_ptr + row * stride_x + col, mask=col < columns, other=-float("inf"), eviction_policy="evict_last"
+            ).to(tl.float32)
+            before = largest
+            largest = tl.maximum(largest, tl.max(x, 0))
+            shift = tl.where(largest == -float("inf"), 0.0, largest)  # nothing but -inf so far: all terms are 0
+            lane_sum = lane_sum * tl.exp(before - shift) + tl.exp(x - shift)
+        inverse = 1.0 / tl.sum(lane_sum, 0)
+        for start in tl.range(0, columns, BLOCK_COLS, num_stages=STAGES):
+            col = start + tl.arange(0, BLOCK_COLS)
+            mask = col < columns
+            x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(
+                tl.float32
+            )
+            y = tl.exp(x - largest) * inverse
+            tl.store(y_ptr + row * columns + col, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+_rows_fwd = Launcher(_rows_fwd_kernel)
+_wide_fwd = Launcher(_wide_fwd_kernel)
+
+
+def forward(x: Tensor) -> Tensor:
+    """y in x's shape and dtype, contiguous."""
+    columns = x.shape[-1]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows = x.numel() // columns
+    if not rows:
+        return y
+    config = forward_config(columns)
+    x_rows = as_rows(x)
+    arguments = (x_rows, y, rows, columns, x_rows.stride(0))
+    if config.block_cols >= columns:
+        _rows_fwd.launch(
+            (triton.cdiv(rows, config.block_rows), 1, 1),
+            x.device,
+            arguments,
+            {"BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols},
+            num_warps=config.num_warps,
+        )
+    else:
+        programs = config.programs_per_processor * multiprocessors(x.device) or rows
+        _wide_fwd.launch(
+            (min(rows, programs), 1, 1),
+            x.device,
+            arguments,
+            {"BLOCK_COLS": config.block_cols, "STAGES": config.stages},
+            num_warps=config.num_warps,
+        )
+    return y

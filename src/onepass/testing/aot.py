@@ -1,0 +1,146 @@
+"""Triton kernels compiled ahead of time for architectures that this machine need not have.
+
+    launches = aot.recorded(lambda: fwd.forward(x))          # nothing runs: only what would have been launched
+    for target in aot.TARGETS:
+        for launch in launches:
+            text = aot.compiled(launch, target)              # PTX or AMD assembly
+
+The launches are those that the operation's own host code makes, with its configurations, strides and constants. Triton
+must not be interpreted: where TRITON_INTERPRET=1 there is nothing to compile, and `recorded` raises.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onepass.core import env
+from onepass.core.triton_backend import Description, Launcher
+
+# (backend, architecture, threads in a warp) as Triton names them.
+TARGETS: Mapping[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "sm_120": ("cuda", 120, 32),
+    "gfx942": ("hip", "gfx942", 64),
+    "gfx950": ("hip", "gfx950", 64),
+}
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+_MOST_THREADS = 1024  # of a block, on every target
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel: what `Launcher` was called with."""
+
+    kernel: Any
+    arguments: Sequence[Any]
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
+
+    def __str__(self) -> str:
+        return f"{self.name} {dict(self.constants)} {dict(self.options)}"
+
+
+def recorded(call: Callable[[], Any]) -> list[Launch]:
+    """The launches that `call()` makes, each different one once; none of them runs. Outputs are uninitialised."""
+    if env.triton_interpreted():
+        raise RuntimeError("with TRITON_INTERPRET=1 kernels are Python functions and cannot be compiled")
+    launches: dict[str, Launch] = {}
+    with _recording(lambda launch: launches.setdefault(str((_signature(launch), str(launch))), launch)):
+        call()
+    return list(launches.values())
+
+
+@contextmanager
+def _recording(add: Callable[[Launch], Any]) -> Iterator[None]:
+    def record(
+        self: Launcher,
+        key: Any,
+        grid: tuple[int, int, int],
+        device: torch.device,
+        numbers: Sequence[int | float],
+        describe: Callable[[], Description],
+    ) -> None:
+        arguments, constants, num_warps = describe()
+        add(Launch(self.kernel, tuple(arguments), dict(constants), {"num_warps": num_warps}))
+
+    ordinary = Launcher.__call__
+    Launcher.__call__ = record  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Launcher.__call__ = ordinary  # type: ignore[method-assign]
+
+
+def compiled(launch: Launch, target: str) -> str:
+    """The assembly of one launch for one of TARGETS. Raises what Triton raises when it does not compile."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend, arch, warp = TARGETS[target]
+    signature, constants, attributes = _signature(launch)
+    options = dict(launch.options)
+    options["num_warps"] = min(options.get("num_warps", 4), _MOST_THREADS // warp)
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder  # a hit in the user's cache would compile nothing
+        kernel = triton.compile(
+            ASTSource(launch.kernel, signature, constants, attributes),
+            target=GPUTarget(backend, arch, warp),
+            options=options,
+        )
+        return str(kernel.asm["ptx" if backend == "cuda" else "amdgcn"])
+
+
+def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list[Any]]]:
+    """What a launch on a GPU would specialise on: types, constants, and what is divisible by 16."""
+    names = launch.kernel.arg_names
+    values = [*launch.arguments, *launch.constants.values()]
+    if names[len(launch.arguments) :] != list(launch.constants):
+        raise AssertionError(f"{launch.name} takes {names}, and was launched with {list(launch.constants)} at the end")
+    types: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list[Any]] = {}
+    for place, (name, value) in enumerate(zip(names, values, strict=True)):
+        kind = "constexpr" if name in launch.constants else _type(value)
+        types[name] = kind
+        if kind == "constexpr":
+            constants[place,] = value
+        elif isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[place,] = [["tt.divisibility", 16]]
+    return types, constants, attributes
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return _POINTERS[value.dtype]
+    if value is None or isinstance(value, bool) or (isinstance(value, int) and value == 1):
+        return "constexpr"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    if isinstance(value, float):
+        return "fp32"
+    raise TypeError(f"a kernel cannot take {type(value).__name__}")

@@ -1,0 +1,58 @@
+"""Triton's kernels without a GPU: interpreted in a process of their own, compiled ahead of time for each target."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from onepass.core import env
+from onepass.testing import aot
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(env.triton_interpreted(), reason="this process is the one that interprets")
+
+_FOLDER = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs these tests itself")
+@pytest.mark.parametrize("part", ["oracle", "strips", "properties", "faults"])
+def test_interpreted(part: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", f"--seed={seed}"]
+    tests = f"{_FOLDER}/test_cross_entropy_{part}.py"
+    done = subprocess.run([*command, tests], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def _launch() -> None:
+    from onepass.ops.cross_entropy.triton import bwd, carry, fwd, reduce
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for classes in (33, 32000):
+            logits, target, rows = (
+                torch.empty(3, classes, dtype=dtype),
+                torch.zeros(3, dtype=torch.int64),
+                torch.zeros(3),
+            )
+            for options, dlse in (((0.0, 0.0, 0.0), None), ((0.1, 0.1, 3.0), rows)):
+                fwd.forward(logits, target, -100, *options)
+                bwd.backward(rows, dlse, logits, target, rows, -100, *options)
+    for count in (3, 100000):
+        for mean in (True, False):
+            reduce.reduce(torch.zeros(count), torch.zeros(count, dtype=torch.int64), -100, mean)
+    for kept in (torch.uint8, torch.int16):
+        for first, last in ((True, False), (False, False), (False, True)):
+            carry.carry(torch.zeros(64), torch.zeros(64, dtype=kept), torch.zeros(64).bfloat16(), first, last)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_compiles_for(target: str) -> None:
+    launches = aot.recorded(_launch)
+    names = {"_fwd_kernel", "_bwd_kernel", "_rows_kernel", "_partials_kernel", "_carry_kernel"}
+    assert {launch.name for launch in launches} == names
+    for launch in launches:
+        assert launch.name in aot.compiled(launch, target)
