@@ -50,6 +50,8 @@ ONEPASS_INLINE Visible visible(const AttentionProblem& p, KeyMask mask, int64_t 
   return all ? Visible::ALL : Visible::SOME;
 }
 
+namespace {  // of this instruction set alone: a function that is not inlined must not be shared with another's
+
 // Rows of a tile, in whole groups of TILE_M.
 struct TileRows {
   int64_t begin, end;
@@ -94,6 +96,8 @@ struct TileParts {
     return v;
   }
 };
+
+}  // namespace
 
 // Sets the unseen scores of these rows to -inf, rows that only pad the tile's keys included; i0 is the first lane's
 // query.

@@ -58,7 +58,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def interpreted(device: torch.device) -> bool:
     """Whether kernels on this device run in the interpreter, one program after the other."""
-    return device.type == "cpu"
+    return device.type == "cpu" and env.triton_interpreted()
 
 
 def most_warps(device: torch.device) -> int:

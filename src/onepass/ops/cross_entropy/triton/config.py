@@ -24,8 +24,9 @@ class ReduceConfig:
 
 
 _WIDE = 2048  # classes
-_FORWARD_WIDE = CrossEntropyConfig(1, 2048, 4)
-_BACKWARD_WIDE = CrossEntropyConfig(1, 2048, 4, columns_per_program=16384)
+# On an H200, bf16, 8192 rows: 3400 and 3690 GB/s at 32000 and 128256 classes; 3900 and 3990 backward.
+_FORWARD_WIDE = CrossEntropyConfig(1, 4096, 4)
+_BACKWARD_WIDE = CrossEntropyConfig(1, 2048, 4, stages=2, columns_per_program=16384)
 
 
 @dataclass(frozen=True)

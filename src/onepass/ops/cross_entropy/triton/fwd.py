@@ -24,6 +24,10 @@ def _fwd_kernel(
     exists = row < rows
     target = tl.load(target_ptr + row, mask=exists, other=0)
     x_ptr = logits_ptr + row * stride_logits
+    counted = target != ignore_index
+    valid = (target >= 0) & (target < classes)
+    # Asked for now, needed last.
+    picked = tl.load(x_ptr + target, mask=exists & counted & valid, other=0.0).to(tl.float32)
     largest = tl.full((BLOCK_ROWS,), -float("inf"), tl.float32)
     # Sums stay apart in their lanes until the end: a step needs one reduction, of the maximum.
     lane_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
@@ -41,9 +45,6 @@ def _fwd_kernel(
         shift = tl.where(largest == -float("inf"), 0.0, largest)  # nothing but -inf so far: all terms are 0
         lane_sum = lane_sum * tl.exp(before - shift)[:, None] + tl.exp(x - shift[:, None])
     lse = tl.where(largest == -float("inf"), 0.0, largest) + tl.log(tl.sum(lane_sum, 1))
-    counted = target != ignore_index
-    valid = (target >= 0) & (target < classes)
-    picked = tl.load(x_ptr + target, mask=exists & counted & valid, other=0.0).to(tl.float32)
     if SOFTCAP:
         picked = softcap * tanh(picked / softcap)
     loss = lse - (1.0 - label_smoothing) * picked + z_loss * lse * lse

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from onepass.core.rows import as_row, as_rows
 from onepass.core.triton_backend import Description, Launcher, aligned, interpreted, multiprocessors, pointer
+from onepass.core.triton_functions import collect, start_exchange, tell, ticket
 from onepass.ops.norm.triton.config import (
     BACKWARD_WIDE,
     BACKWARD_WIDE_PROGRAMS_PER_SM,
     LARGEST_TILE,
     backward_rows,
 )
-from onepass.ops.norm.triton.exchange import collect, start_exchange, tell, ticket
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from onepass.core.rows import as_row, as_rows, empty_rows
 from onepass.core.triton_backend import Description, Launcher, aligned, most_warps, pointer
+from onepass.core.triton_functions import unlike
 from onepass.ops.norm.spec import statistics_dtype, sum_dtype
 from onepass.ops.norm.triton.config import FORWARD_WIDE, LARGEST_TILE, forward_held, forward_rows
 
@@ -57,14 +58,6 @@ def _rows_fwd_kernel(
             tl.store(mean_ptr + row, mean, mask=row < rows)
 
 
-@triton.jit
-def _unlike(z, zero):
-    """z, in a way that the compiler cannot see: else it would keep the fp32 of an earlier conversion in registers."""
-    if z.dtype != tl.float32:
-        z = (z.to(tl.int16, bitcast=True) ^ zero.to(tl.int16)).to(z.dtype, bitcast=True)
-    return z
-
-
 @triton.jit(do_not_specialize=["rows"])
 def _held_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
@@ -95,7 +88,7 @@ def _held_fwd_kernel(
     if CENTER:
         mean = tl.sum(lane_sum, 0) / columns
         for step in tl.static_range(STEPS):
-            wide = _unlike(held[step], zero).to(tl.float32)
+            wide = unlike(held[step], zero).to(tl.float32)
             deviation = tl.where(step * BLOCK_COLS + lane < columns, wide - mean, 0.0)
             lane_square += deviation * deviation
         zero &= mean.to(tl.int32, bitcast=True)  # still 0, and another one to the compiler
@@ -107,7 +100,7 @@ def _held_fwd_kernel(
     for step in tl.static_range(STEPS):
         col = step * BLOCK_COLS + lane
         mask = col < columns
-        z = _unlike(held[step], zero).to(tl.float32)
+        z = unlike(held[step], zero).to(tl.float32)
         y = _affine((z - mean) * rstd, weight_ptr, bias_ptr, col, mask, offset, HAS_WEIGHT, HAS_BIAS)
         tl.store(y_ptr + row * columns + col, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -283,7 +276,7 @@ def _launch(
         config = forward_rows(columns, center)
         cut, num_warps = {"BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols}, config.num_warps
         kernel, programs = _rows_fwd, -(-rows // config.block_rows)
-    elif (held := forward_held(columns, (x if residual_out is None else residual_out).element_size())) is not None:
+    elif (held := forward_held(columns, (x if residual_out is None else residual_out).itemsize, center)) is not None:
         cut, num_warps = (
             {"BLOCK_COLS": held.block_cols, "STEPS": -(-columns // held.block_cols)},
             min(held.num_warps, most_warps(x.device)),

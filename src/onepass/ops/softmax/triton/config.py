@@ -17,19 +17,45 @@ class SoftmaxConfig:
     programs_per_processor: int = 0  # rows in flight on a multiprocessor: they must fit the cache; 0: a program a row
 
 
+@dataclass(frozen=True)
+class HeldConfig:
+    """Rows that the registers hold step by step, in their own dtype."""
+
+    block_cols: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class SharedConfig:
+    """Rows that a group of programs shares, block_cols columns each."""
+
+    block_cols: int
+    num_warps: int
+    programs_per_processor: int
+
+
 _MOST_WARPS = 32 if torch.version.hip is None else 16  # a block has 1024 threads at most
 _FORWARD_WHOLE_ROW = 32768  # the widest row that is held in registers
 _BACKWARD_WHOLE_ROW = 16384
 _FORWARD_WIDE = SoftmaxConfig(1, 8192, _MOST_WARPS, stages=1, programs_per_processor=2)
-_BACKWARD_WIDE = SoftmaxConfig(1, 8192, _MOST_WARPS, stages=1, programs_per_processor=1)
+_HELD_BYTES = 128 << 10  # of a row that the registers of one multiprocessor hold
+
+# On an H200, bf16, 65536 columns: 3490 GB/s forward, 3550 to 3580 backward.
+FORWARD_HELD = HeldConfig(4096, _MOST_WARPS)
+BACKWARD_WIDE = SharedConfig(2048, 4, 4)
 
 
 def forward_config(columns: int) -> SoftmaxConfig:
     return _FORWARD_WIDE if columns > _FORWARD_WHOLE_ROW else _whole_row(columns, elements_per_thread=16)
 
 
-def backward_config(columns: int) -> SoftmaxConfig:
-    return _BACKWARD_WIDE if columns > _BACKWARD_WHOLE_ROW else _whole_row(columns, elements_per_thread=16)
+def held(columns: int, itemsize: int) -> bool:
+    return _FORWARD_WHOLE_ROW < columns <= _HELD_BYTES // itemsize
+
+
+def backward_config(columns: int) -> SoftmaxConfig | None:
+    """None: the row is shared (BACKWARD_WIDE)."""
+    return None if columns > _BACKWARD_WHOLE_ROW else _whole_row(columns, elements_per_thread=16)
 
 
 def _whole_row(columns: int, elements_per_thread: int) -> SoftmaxConfig:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from onepass.core.rows import as_rows
 from onepass.core.triton_backend import Launcher, multiprocessors
-from onepass.ops.softmax.triton.config import forward_config
+from onepass.core.triton_functions import unlike
+from onepass.ops.softmax.triton.config import FORWARD_HELD, forward_config, held
 
 
 @triton.jit
@@ -57,7 +58,34 @@ def _wide_fwd_kernel(
             tl.store(y_ptr + row * columns + col, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _held_fwd_kernel(
+    x_ptr, y_ptr, rows, columns, stride_x, zero, BLOCK_COLS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK_COLS)
+    largest = tl.full((BLOCK_COLS,), -float("inf"), tl.float32)
+    held = ()
+    for step in tl.static_range(STEPS):
+        col = step * BLOCK_COLS + lane
+        x = tl.load(x_ptr + row * stride_x + col, mask=col < columns, other=-float("inf"))
+        held = held + (x,)  # noqa: RUF005 (Triton knows no unpacking)
+        largest = tl.maximum(largest, x.to(tl.float32))
+    top = tl.max(largest, 0)
+    lane_sum = tl.zeros((BLOCK_COLS,), tl.float32)
+    for step in tl.static_range(STEPS):
+        lane_sum += tl.exp2((unlike(held[step], zero).to(tl.float32) - top) * LOG2_E)
+    inverse = 1.0 / tl.sum(lane_sum, 0)
+    zero &= inverse.to(tl.int32, bitcast=True)  # still 0, and another one to the compiler
+    for step in tl.static_range(STEPS):
+        col = step * BLOCK_COLS + lane
+        y = tl.exp2((unlike(held[step], zero).to(tl.float32) - top) * LOG2_E) * inverse
+        tl.store(y_ptr + row * columns + col, y.to(y_ptr.dtype.element_ty), mask=col < columns)
+
+
 _rows_fwd = Launcher(_rows_fwd_kernel)
+_held_fwd = Launcher(_held_fwd_kernel)
 _wide_fwd = Launcher(_wide_fwd_kernel)
 
 
@@ -78,6 +106,14 @@ def forward(x: Tensor) -> Tensor:
             arguments,
             {"BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols},
             num_warps=config.num_warps,
+        )
+    elif held(columns, x.itemsize):
+        _held_fwd.launch(
+            (rows, 1, 1),
+            x.device,
+            (*arguments, 0),
+            {"BLOCK_COLS": FORWARD_HELD.block_cols, "STEPS": triton.cdiv(columns, FORWARD_HELD.block_cols)},
+            num_warps=FORWARD_HELD.num_warps,
         )
     else:
         programs = config.programs_per_processor * multiprocessors(x.device) or rows

@@ -1,4 +1,6 @@
-"""Sums that programs tell each other through memory, when several share a row.
+"""Device functions that kernels of several operations share; only they import this module.
+
+Sums that programs tell each other through memory, when several share a row:
 
 Every word of the exchange starts as -1. A member writes the two fp32 sums of its columns as one word, the others read
 until nothing is -1: a NaN with the bits of -1 never comes out of arithmetic. Programs take a ticket when they start,
@@ -10,6 +12,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+@triton.jit
+def unlike(z, zero):
+    """z, in a way that the compiler cannot see: else it would keep the fp32 of an earlier conversion in registers.
+
+    `zero` is an int 0 that the compiler does not know.
+    """
+    if z.dtype != tl.float32:
+        z = (z.to(tl.int16, bitcast=True) ^ zero.to(tl.int16)).to(z.dtype, bitcast=True)
+    return z
 
 
 def start_exchange(rows: int, members: int, device: torch.device) -> Tensor:
