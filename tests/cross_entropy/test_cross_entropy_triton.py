@@ -52,7 +52,7 @@ def _launch() -> None:
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_compiles_for(target: str) -> None:
     launches = aot.recorded(_launch)
-    names = {"_fwd_kernel", "_bwd_kernel", "_rows_kernel", "_partials_kernel", "_carry_kernel"}
+    names = {"_rows_fwd_kernel", "_wide_fwd_kernel", "_bwd_kernel", "_rows_kernel", "_partials_kernel", "_carry_kernel"}
     assert {launch.name for launch in launches} == names
     for launch in launches:
         assert launch.name in aot.compiled(launch, target)
