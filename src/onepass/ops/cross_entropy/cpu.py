@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from onepass.core import cpu_library
+from onepass.core.cpu_library import DTYPE_CODES
 from onepass.core.rows import row_stride
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # struct CrossEntropyArgs and CrossEntropyBwdArgs: q = int64_t or pointer, d = double.
 _CROSS_ENTROPY = "5q3d5q"
@@ -38,7 +37,7 @@ def forward(
         target = target.contiguous()
         logits, stride = row_stride(logits)
         arguments = _FWD.pack(
-            _DTYPES[logits.dtype], torch.get_num_threads(), rows, columns, ignore_index,
+            DTYPE_CODES[logits.dtype], torch.get_num_threads(), rows, columns, ignore_index,
             label_smoothing, z_loss, softcap,
             logits.data_ptr(), stride, target.data_ptr(), loss.data_ptr(), lse.data_ptr(),
         )  # fmt: skip
@@ -75,7 +74,7 @@ def backward(
         target, lse = target.contiguous(), lse.contiguous()
         logits, stride = row_stride(logits)
         arguments = _BWD.pack(
-            _DTYPES[logits.dtype], torch.get_num_threads(), rows, columns, ignore_index,
+            DTYPE_CODES[logits.dtype], torch.get_num_threads(), rows, columns, ignore_index,
             label_smoothing, z_loss, softcap,
             logits.data_ptr(), stride, target.data_ptr(), 0, lse.data_ptr(),
             dloss.data_ptr(), 0 if dlse is None else dlse.data_ptr(),

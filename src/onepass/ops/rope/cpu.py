@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from onepass.core import cpu_library
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from onepass.core.cpu_library import DTYPE_CODES
 
 # struct RopeArgs.
 _ROPE = struct.Struct("=32q")
@@ -44,7 +43,7 @@ def forward(
         position_ids = position_ids.long()
         positions = (position_ids.data_ptr(), *position_ids.stride())
     arguments = _ROPE.pack(
-        _DTYPES[q.dtype], torch.get_num_threads(), batch, seqlen, nheads_q, k.shape[2], head_dim, 2 * half,
+        DTYPE_CODES[q.dtype], torch.get_num_threads(), batch, seqlen, nheads_q, k.shape[2], head_dim, 2 * half,
         interleaved, inverse, q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(),
         q_out.data_ptr(), k_out.data_ptr(), cos.data_ptr(), sin.data_ptr(),
         *(cos.stride()[:2] if cos.dim() == 3 else (0, cos.stride(0))),
