@@ -103,7 +103,7 @@ LINEAR_FAULTS = {
 }
 
 
-_NOTICE = (AssertionError, RuntimeError, ValueError), "budgets|size|ignore_index"
+_NOTICE = (AssertionError, RuntimeError, IndexError), "budgets|size|ignore_index"
 
 
 @pytest.mark.parametrize(("table", "fault"), FAULTS)

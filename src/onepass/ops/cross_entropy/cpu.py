@@ -10,6 +10,7 @@ from torch import Tensor
 from onepass.core import cpu_library
 from onepass.core.cpu_library import DTYPE_CODES
 from onepass.core.rows import row_stride
+from onepass.ops.cross_entropy.spec import looks_at_targets, wrong_target_error
 
 # struct CrossEntropyArgs and CrossEntropyBwdArgs: q = int64_t or pointer, d = double.
 _CROSS_ENTROPY = "5q3d5q"
@@ -17,16 +18,7 @@ _FWD = struct.Struct(f"={_CROSS_ENTROPY}")
 _BWD = struct.Struct(f"={_CROSS_ENTROPY}8q")
 
 
-def _refuse(target: Tensor, classes: int, ignore_index: int) -> ValueError:
-    """The error for the first target that is out of range."""
-    flat = target.reshape(-1)
-    row = int(torch.nonzero(((flat < 0) | (flat >= classes)) & (flat != ignore_index))[0])
-    return ValueError(
-        f"target[{row}] is {int(flat[row])}; expected 0 to {classes - 1} ({classes} classes) "
-        f"or ignore_index={ignore_index}"
-    )
-
-
+@looks_at_targets
 def forward(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
@@ -44,10 +36,11 @@ def forward(
         try:
             cpu_library.kernel("cross_entropy_fwd")(arguments)
         except IndexError:  # the kernel looks at the targets anyway; the words are found here
-            raise _refuse(target, columns, ignore_index) from None
+            raise wrong_target_error(target, columns, ignore_index) from None
     return loss, lse
 
 
+@looks_at_targets
 def backward(
     dloss: Tensor,
     dlse: Tensor | None,
@@ -84,5 +77,5 @@ def backward(
         try:
             cpu_library.kernel("cross_entropy_bwd")(arguments)
         except IndexError:
-            raise _refuse(target, classes, ignore_index) from None
+            raise wrong_target_error(target, classes, ignore_index) from None
     return dlogits

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from onepass.core import cpu_library
 from onepass.core.cpu_library import DTYPE_CODES
+from onepass.ops.rope.spec import position_error
 
 # struct RopeArgs.
 _ROPE = struct.Struct("=32q")
@@ -16,12 +17,6 @@ _ROPE = struct.Struct("=32q")
 
 def _adjacent(table: Tensor) -> Tensor:
     return table if table.stride(-1) == 1 else table.contiguous()
-
-
-def _refuse(position_ids: Tensor, rows: int) -> ValueError:
-    """The error for positions that the table lacks."""
-    least, most = (int(x) for x in torch.aminmax(position_ids))
-    return ValueError(f"position_ids must be from 0 to {rows - 1}, the table's last position, got {least} to {most}")
 
 
 def forward(
@@ -53,5 +48,5 @@ def forward(
         cpu_library.kernel("rope")(arguments)
     except IndexError:  # the kernel looks at the positions anyway; the words are found here
         assert position_ids is not None
-        raise _refuse(position_ids, rows) from None
+        raise position_error(position_ids, rows) from None
     return q_out, k_out
