@@ -18,6 +18,7 @@ from . import env, torch_compat
 
 _LIBRARY_NAME = "libonepass_cpu.so"
 _BAD_INDEX = 2  # csrc/abi.h
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/abi.h
 
 
 class CpuLibraryError(RuntimeError):

@@ -42,22 +42,14 @@ class Operation:
         refusal: str = "",
     ) -> None:
         self.table, self.facts = table, facts
-        name = schema.partition("(")[0]
-        LIBRARY.define(schema)
-        self.op = getattr(torch.ops.onepass, name).default
 
         def checked_fake(*args: Any) -> Any:
             facts(*args[:-1])
             return fake(*args[:-1])
 
-        LIBRARY.impl(name, self.body, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"onepass::{name}", checked_fake, lib=LIBRARY)
-        torch.library.register_vmap(f"onepass::{name}", _refuses_vmap(public), lib=LIBRARY)
-        if differentiate is None:
-            refusal = refusal or f"onepass.{public} has no second derivative (create_graph=True)"
-            save, differentiate = _save_nothing, _refuses_gradient(refusal)
-        assert save is not None
-        torch_compat.register_autograd(LIBRARY, self.op, save, differentiate)
+        self.op = register(
+            schema, self.body, checked_fake, public=public, save=save, differentiate=differentiate, refusal=refusal
+        )
 
     def body(self, *args: Any) -> Any:
         """Checks, chooses, launches."""
@@ -67,6 +59,35 @@ class Operation:
     def __call__(self, *args: Any) -> Any:
         """Through the dispatcher."""
         return self.op(*args)
+
+
+def register(
+    schema: str,
+    body: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    public: str,
+    save: Callable[[Any, Call, Any], None] | None = None,
+    differentiate: Callable[..., tuple[Any, ...]] | None = None,
+    refusal: str = "",
+    vmap_advice: str = "make the mapped dimension a leading dimension of x",
+) -> Any:
+    """Defines an operation and registers all of it; what a call of it goes through. `body` and `fake` check.
+
+    The rest is as in `Operation`; `vmap_advice` says what to do in the place of a torch.vmap.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    op = getattr(torch.ops.onepass, name).default
+    LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"onepass::{name}", fake, lib=LIBRARY)
+    torch.library.register_vmap(f"onepass::{name}", _refuses_vmap(public, vmap_advice), lib=LIBRARY)
+    if differentiate is None:
+        refusal = refusal or f"onepass.{public} has no second derivative (create_graph=True)"
+        save, differentiate = _save_nothing, _refuses_gradient(refusal)
+    assert save is not None
+    torch_compat.register_autograd(LIBRARY, op, save, differentiate)
+    return op
 
 
 def _save_nothing(ctx: Any, inputs: Call, outputs: Any) -> None:
@@ -80,10 +101,8 @@ def _refuses_gradient(message: str) -> Any:
     return differentiate
 
 
-def _refuses_vmap(public: str) -> Any:
+def _refuses_vmap(public: str, advice: str) -> Any:
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"torch.vmap over onepass.{public} is not supported: make the mapped dimension a leading dimension of x"
-        )
+        raise NotImplementedError(f"torch.vmap over onepass.{public} is not supported: {advice}")
 
     return vmap

@@ -54,8 +54,9 @@ class _Forward(Operation):
         *options, reduction, backend = args
         facts = self.facts(*args[:-1])
         logits, target, ignore_index = args[:3]
-        spec.require_targets(target, logits.shape[1], ignore_index)
-        rows, lse = select(kernels.FORWARD, facts, backend)(*options)
+        launcher = select(kernels.FORWARD, facts, backend)
+        spec.require_targets_before(launcher, target, logits.shape[1], ignore_index)
+        rows, lse = launcher(*options)
         if reduction == "none":
             return rows, lse, rows.new_empty(0)
         loss, scale = select(kernels.REDUCE, facts, backend)(rows, target, ignore_index, reduction == "mean")
