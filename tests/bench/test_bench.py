@@ -51,7 +51,9 @@ def test_unknown_names_are_told():
 def test_interleaved_order_rotates_and_counts():
     order = []
     names = ("a", "b", "c")
-    samples = timing.interleaved({name: lambda name=name: order.append(name) for name in names}, 4, 1e-9)
+    samples = timing.interleaved(
+        {name: lambda name=name: order.append(name) for name in names}, 4, timing.WallClock(1e-9)
+    )
     assert all(len(sample.seconds) == 4 and sample.calls == 1 for sample in samples.values())
     assert order[-12:] == ["a", "b", "c", "b", "c", "a", "c", "a", "b", "a", "b", "c"]
 
