@@ -266,7 +266,8 @@ def run(
 
     `out` is written after every group, whole or not at all; groups that are in it already and are not measured now
     stay.
-    Raises ValueError for an unknown group or an `out` that holds another benchmark's results.
+    Raises ValueError for an unknown group or an `out` that holds another benchmark's results. A group with wrong numbers
+    is not written; NumericsError is raised when the others are.
     """
     chosen = [benchmark.group(name) for name in groups] or list(benchmark.on(device))
     result: dict[str, Any] = load(out) if out.exists() else {"benchmark": benchmark.name, "groups": {}}
@@ -278,21 +279,32 @@ def run(
     absent = [group.name for group in chosen if group.device == "cuda" and not torch.cuda.is_available()]
     if absent:
         raise ValueError(f"there is no GPU here for {benchmark.name}: {', '.join(absent)}")
+    wrong: list[str] = []
     for group in chosen:
         if settings.quick and not any(case.quick for case in group.cases):
             continue
-        if group.settings:
-            progress(
-                f"{group.name}: in its own process with {', '.join(f'{k}={v}' for k, v in group.settings.items())}"
-            )
-            result["groups"][group.name] = _run_in_child(benchmark.name, group, settings, progress)
-        else:
-            with threads(settings.num_threads):
-                result["groups"][group.name] = run_group(group, settings, progress)
+        try:
+            result["groups"][group.name] = _run_anywhere(benchmark.name, group, settings, progress)
+        except NumericsError as error:
+            wrong.append(str(error))
+            continue
         order = [g.name for g in benchmark.groups if g.name in result["groups"]]
         result["groups"] = {name: result["groups"][name] for name in order}
         replace_file(out, (json.dumps(result, indent=1) + "\n").encode())
+    if wrong:
+        raise NumericsError("; ".join(wrong))
     return result
+
+
+def _run_anywhere(
+    benchmark: str, group: registry.Group, settings: Settings, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure one group in this process, or in one with the environment variables that it needs."""
+    if group.settings:
+        progress(f"{group.name}: in its own process with {', '.join(f'{k}={v}' for k, v in group.settings.items())}")
+        return _run_in_child(benchmark, group, settings, progress)
+    with threads(settings.num_threads):
+        return run_group(group, settings, progress)
 
 
 def only(result: Mapping[str, Any], groups: Sequence[str]) -> dict[str, Any]:
