@@ -88,7 +88,7 @@ class Drawing:
         self.draw(axes, self.summary("gbps"), "GB/s")
 
     def percent_of_bandwidth(self, axes: Axes) -> None:
-        self.draw(axes, self.summary("percent_of_bandwidth"), "% of measured bandwidth of copies")
+        self.draw(axes, self.summary("percent_of_bandwidth"), "% of measured copy bandwidth")
         axes.axhline(100.0, color="black", linewidth=0.8)
 
     def rate(self, axes: Axes) -> None:

@@ -266,8 +266,8 @@ def run(
 
     `out` is written after every group, whole or not at all; groups that are in it already and are not measured now
     stay.
-    Raises ValueError for an unknown group or an `out` that holds another benchmark's results. A group with wrong numbers
-    is not written; NumericsError is raised when the others are.
+    Raises ValueError for an unknown group or an `out` that holds another benchmark's results. A group with wrong
+    numbers is not written; NumericsError is raised when the others are.
     """
     chosen = [benchmark.group(name) for name in groups] or list(benchmark.on(device))
     result: dict[str, Any] = load(out) if out.exists() else {"benchmark": benchmark.name, "groups": {}}
