@@ -87,8 +87,8 @@ class Sweep:
     block_sizes: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        numbers = (*self.sizes, *self.blocks, *self.block_sizes)
-        if not numbers or min(numbers) < 1 or min(self.sizes) < max(self.block_sizes):
+        lists = (self.sizes, self.blocks, self.block_sizes)
+        if not all(lists) or min(map(min, lists)) < 1 or min(self.sizes) < max(self.block_sizes):
             raise ValueError(
                 f"sizes {self.sizes}, blocks {self.blocks} and block sizes {self.block_sizes} must be positive, and "
                 f"every size at least the largest block size"

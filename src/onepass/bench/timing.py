@@ -83,7 +83,8 @@ class DeviceClock:
         low, high = SLEEP_SECONDS
         self._cycles[call] = int(CYCLES_PER_SECOND * min(high, max(low, 2.0 * min(host))))
         few, many = DEVICE_CALLS
-        return max(few, min(many, math.ceil(self.sample_seconds / self.sample(call, reset, few))))
+        seconds = max(1e-9, self.sample(call, reset, few))  # a call may launch nothing
+        return max(few, min(many, math.ceil(self.sample_seconds / seconds)))
 
     def sample(self, call: Call, reset: Call | None, calls: int) -> float:
         events = []

@@ -144,7 +144,7 @@ def measure(
         try:
             result = run.load(path) if no_run else _measured(console, found, settings, path, groups, device)
         except run.NumericsError as error:
-            failed.append(str(error))
+            failed.append(f"{name}: {error}")
             continue
         shown = run.only(result, groups)
         _show(console, shown)
