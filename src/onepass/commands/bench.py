@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +178,18 @@ def _measured(
     groups: tuple[str, ...],
     device: str,
 ) -> dict[str, Any]:
+    with _progress(console) as progress:
+        return run.run(benchmark, settings, path, groups, progress, device)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str], None]]:
+    """What is being measured: one line that changes on a terminal, lines on standard error elsewhere."""
+    if not console.is_terminal:
+        yield lambda text: click.echo(text, err=True)
+        return
     with console.status("starting") as status:
-        return run.run(benchmark, settings, path, groups, status.update, device)
+        yield status.update
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:
@@ -234,8 +245,8 @@ def bandwidth_command(
             blocks or default.blocks,
             block_sizes or tuple(size for size in default.block_sizes if size <= min(sizes or default.sizes)),
         )
-        with console.status("starting") as status:
-            result = bandwidth.measure(sweep, threads, status.update)
+        with _progress(console) as progress:
+            result = bandwidth.measure(sweep, threads, progress if console.is_terminal else lambda text: None)
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(out, (json.dumps(result, indent=1) + "\n").encode())
     console.print(report.bandwidth_table(result))
