@@ -12,6 +12,7 @@ import click
 import torch
 from rich.console import Console
 
+import onepass
 from onepass.bench import bandwidth, environment, registry, report, run
 from onepass.core.files import replace_file
 
@@ -27,10 +28,10 @@ _PLOT = click.option("--plot", is_flag=True, help="Draw the result as SVG.")
 _NO_RUN = click.option("--no-run", is_flag=True, help="Measure nothing: show (and --plot) the result that is there.")
 
 
-def default_folders(slug: str) -> tuple[Path, Path]:
-    """Where results and pictures go: `benchmarks/` in a source checkout, else `onepass-bench/`."""
+def default_folder(kind: str, slug: str) -> Path:
+    """Where "results" or "plots" of a device go: in `benchmarks/` in a source checkout, else in `onepass-bench/`."""
     root = Path("benchmarks") if Path("src/onepass").is_dir() else Path("onepass-bench")
-    return root / "results" / slug, root / "plots" / slug
+    return root / kind / slug
 
 
 def chosen_device(name: str | None) -> str:
@@ -129,12 +130,12 @@ def measure(
     no_run: bool,
     check: bool,
 ) -> None:
-    """Measure and show benchmarks one after the other; wrong numbers in one do not keep the next from running."""
+    """Measure and show benchmarks one after the other; one that fails does not keep the next from running."""
     console = report.console()
     if len(names) > 1 and (groups or out):
         raise ValueError("--group and --out are of one benchmark: name it")
     device = _device_of(names, groups, device)
-    results, plots = default_folders(environment.device_slug(device))
+    results = default_folder("results", environment.device_slug(device))
     settings = run.Settings(num_threads=threads, repeats=repeats, sample_seconds=0.005 if quick else 0.02, quick=quick)
     failed = []
     for name in names:
@@ -144,15 +145,19 @@ def measure(
         path = out or results / f"{name}{'-quick' if quick else ''}.json"
         try:
             result = run.load(path) if no_run else _measured(console, found, settings, path, groups, device)
-        except run.NumericsError as error:
+        except (RuntimeError, onepass.UnsupportedError) as error:
+            if len(names) == 1 and not isinstance(error, run.NumericsError):
+                raise
             failed.append(f"{name}: {error}")
-            continue
+            if not path.exists():
+                continue
+            result = run.load(path)  # the groups before and after the one that failed
         shown = run.only(result, groups)
         _show(console, shown)
         if not no_run:
             console.print(f"written: {path}", highlight=False)
         if plot:
-            _draw(console, shown, plots, path.stem)
+            _draw(console, shown, path.stem)
         if check and any(bar.met is False for bar in report.bars(shown)):
             failed.append(f"{name}: a bar is missed")
     if failed:
@@ -199,11 +204,14 @@ def _show(console: Console, result: dict[str, Any]) -> None:
         console.print(line)
 
 
-def _draw(console: Console, result: dict[str, Any], folder: Path, stem: str) -> None:
+def _draw(console: Console, result: dict[str, Any], stem: str) -> None:
+    """Pictures go to the folder of the device that the result is of, wherever they are drawn."""
     from onepass.bench.plot import draw
 
-    for path in draw(result, folder, stem):
-        console.print(f"drawn: {path}", highlight=False)
+    for name, group in result["groups"].items():
+        folder = default_folder("plots", group["environment"]["device"])
+        for path in draw({**result, "groups": {name: group}}, folder, stem):
+            console.print(f"drawn: {path}", highlight=False)
 
 
 @click.command(BANDWIDTH)
@@ -232,8 +240,7 @@ def bandwidth_command(
     """
     console = report.console()
     device = chosen_device(device)
-    results, plots = default_folders(environment.device_slug(device))
-    out = out or results / f"{BANDWIDTH}.json"
+    out = out or default_folder("results", environment.device_slug(device)) / f"{BANDWIDTH}.json"
     if no_run:
         result = load_bandwidth(out)
     else:
@@ -255,7 +262,7 @@ def bandwidth_command(
     if plot:
         from onepass.bench.plot import draw_bandwidth, save
 
-        picture = plots / f"{out.stem}.svg"
+        picture = default_folder("plots", result["environment"]["device"]) / f"{out.stem}.svg"
         save(draw_bandwidth(result), picture)
         console.print(f"drawn: {picture}", highlight=False)
 
