@@ -256,13 +256,22 @@ def test_devices_are_chosen():
 
 def test_all_benchmarks_in_one_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    benchmarks = {"bad": toy_benchmark(toy(error=9.0), name="bad"), "good": toy_benchmark(toy(), name="good")}
+    wrong = (registry.Group("wrong", "Wrong", (toy(error=9.0),)), registry.Group("right", "Right", (toy(),)))
+
+    def fails():
+        raise RuntimeError("out of memory")
+
+    broken = toy_benchmark(registry.Case("toy", {}, "float32", fails), name="broken")
+    good = toy_benchmark(toy(), name="good")
+    benchmarks = {"bad": registry.Benchmark("bad", wrong), "broken": broken, "good": good}
     monkeypatch.setattr(registry, "modules", lambda: dict.fromkeys(benchmarks, ""))
     monkeypatch.setattr(registry, "find", benchmarks.__getitem__)
     done = CliRunner().invoke(bench.command, ["all", "--device", "cpu", "--repeats", "3"])
     assert done.exit_code == 1
-    assert "bad: group, toy: ours is 9 error budgets" in done.output
-    assert [path.name for path in tmp_path.glob("onepass-bench/results/*/*")] == ["good.json"]
+    assert "bad: wrong, toy: ours is 9 error budgets" in done.output
+    assert "broken: out of memory" in done.output
+    assert "Right (right)" in done.output
+    assert sorted(path.name for path in tmp_path.glob("onepass-bench/results/*/*")) == ["bad.json", "good.json"]
     listed = CliRunner().invoke(bench.command, [])
     assert "good (cpu): group" in listed.output
 

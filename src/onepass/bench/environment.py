@@ -84,13 +84,17 @@ def gpu_clocks() -> dict[str, float | str]:
     """What nvidia-smi tells of the current GPU now: driver, clocks in MHz, power, temperature; empty without it."""
     if torch.version.hip is not None:
         return {}
-    number = f"--id=GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
-    query = ["nvidia-smi", number, f"--query-gpu={','.join(GPU_QUERY)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    return parse_gpu_clocks(done.stdout) if done.returncode == 0 else {}
+    index = torch.cuda.current_device()
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", "")
+    for number in (f"GPU-{uuid}", str(index)):  # the number alone is right where no GPU is hidden
+        query = ["nvidia-smi", f"--id={number}", f"--query-gpu={','.join(GPU_QUERY)}", "--format=csv,noheader,nounits"]
+        try:
+            done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return {}
+        if done.returncode == 0:
+            return parse_gpu_clocks(done.stdout)
+    return {}
 
 
 def parse_gpu_clocks(line: str) -> dict[str, float | str]:

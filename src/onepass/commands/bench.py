@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import click
 import torch
 from rich.console import Console
 
+import onepass
 from onepass.bench import bandwidth, environment, registry, report, run
 from onepass.core.files import replace_file
 
@@ -26,10 +28,10 @@ _PLOT = click.option("--plot", is_flag=True, help="Draw the result as SVG.")
 _NO_RUN = click.option("--no-run", is_flag=True, help="Measure nothing: show (and --plot) the result that is there.")
 
 
-def default_folders(slug: str) -> tuple[Path, Path]:
-    """Where results and pictures go: `benchmarks/` in a source checkout, else `onepass-bench/`."""
+def default_folder(kind: str, slug: str) -> Path:
+    """Where "results" or "plots" of a device go: in `benchmarks/` in a source checkout, else in `onepass-bench/`."""
     root = Path("benchmarks") if Path("src/onepass").is_dir() else Path("onepass-bench")
-    return root / "results" / slug, root / "plots" / slug
+    return root / kind / slug
 
 
 def chosen_device(name: str | None) -> str:
@@ -128,12 +130,12 @@ def measure(
     no_run: bool,
     check: bool,
 ) -> None:
-    """Measure and show benchmarks one after the other; wrong numbers in one do not keep the next from running."""
+    """Measure and show benchmarks one after the other; one that fails does not keep the next from running."""
     console = report.console()
     if len(names) > 1 and (groups or out):
         raise ValueError("--group and --out are of one benchmark: name it")
     device = _device_of(names, groups, device)
-    results, plots = default_folders(environment.device_slug(device))
+    results = default_folder("results", environment.device_slug(device))
     settings = run.Settings(num_threads=threads, repeats=repeats, sample_seconds=0.005 if quick else 0.02, quick=quick)
     failed = []
     for name in names:
@@ -143,15 +145,19 @@ def measure(
         path = out or results / f"{name}{'-quick' if quick else ''}.json"
         try:
             result = run.load(path) if no_run else _measured(console, found, settings, path, groups, device)
-        except run.NumericsError as error:
+        except (RuntimeError, onepass.UnsupportedError) as error:
+            if len(names) == 1 and not isinstance(error, run.NumericsError):
+                raise
             failed.append(f"{name}: {error}")
-            continue
+            if not path.exists():
+                continue
+            result = run.load(path)  # the groups before and after the one that failed
         shown = run.only(result, groups)
         _show(console, shown)
         if not no_run:
             console.print(f"written: {path}", highlight=False)
         if plot:
-            _draw(console, shown, plots, path.stem)
+            _draw(console, shown, path.stem)
         if check and any(bar.met is False for bar in report.bars(shown)):
             failed.append(f"{name}: a bar is missed")
     if failed:
@@ -177,8 +183,18 @@ def _measured(
     groups: tuple[str, ...],
     device: str,
 ) -> dict[str, Any]:
+    with _progress(console) as progress:
+        return run.run(benchmark, settings, path, groups, progress, device)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str], None]]:
+    """What is being measured: one line that changes on a terminal, lines on standard error elsewhere."""
+    if not console.is_terminal:
+        yield lambda text: click.echo(text, err=True)
+        return
     with console.status("starting") as status:
-        return run.run(benchmark, settings, path, groups, status.update, device)
+        yield status.update
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:
@@ -188,11 +204,14 @@ def _show(console: Console, result: dict[str, Any]) -> None:
         console.print(line)
 
 
-def _draw(console: Console, result: dict[str, Any], folder: Path, stem: str) -> None:
+def _draw(console: Console, result: dict[str, Any], stem: str) -> None:
+    """Pictures go to the folder of the device that the result is of, wherever they are drawn."""
     from onepass.bench.plot import draw
 
-    for path in draw(result, folder, stem):
-        console.print(f"drawn: {path}", highlight=False)
+    for name, group in result["groups"].items():
+        folder = default_folder("plots", group["environment"]["device"])
+        for path in draw({**result, "groups": {name: group}}, folder, stem):
+            console.print(f"drawn: {path}", highlight=False)
 
 
 @click.command(BANDWIDTH)
@@ -221,8 +240,7 @@ def bandwidth_command(
     """
     console = report.console()
     device = chosen_device(device)
-    results, plots = default_folders(environment.device_slug(device))
-    out = out or results / f"{BANDWIDTH}.json"
+    out = out or default_folder("results", environment.device_slug(device)) / f"{BANDWIDTH}.json"
     if no_run:
         result = load_bandwidth(out)
     else:
@@ -234,8 +252,8 @@ def bandwidth_command(
             blocks or default.blocks,
             block_sizes or tuple(size for size in default.block_sizes if size <= min(sizes or default.sizes)),
         )
-        with console.status("starting") as status:
-            result = bandwidth.measure(sweep, threads, status.update)
+        with _progress(console) as progress:
+            result = bandwidth.measure(sweep, threads, progress if console.is_terminal else lambda text: None)
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(out, (json.dumps(result, indent=1) + "\n").encode())
     console.print(report.bandwidth_table(result))
@@ -244,7 +262,7 @@ def bandwidth_command(
     if plot:
         from onepass.bench.plot import draw_bandwidth, save
 
-        picture = plots / f"{out.stem}.svg"
+        picture = default_folder("plots", result["environment"]["device"]) / f"{out.stem}.svg"
         save(draw_bandwidth(result), picture)
         console.print(f"drawn: {picture}", highlight=False)
 
