@@ -21,7 +21,8 @@ def _launch() -> None:
             fwd.forward(x, weight, bias, None, 1e-5, 0.0, center)
             fwd.forward(x, weight, bias, x, 1e-5, 0.0, center, statistics=False)
             bwd.backward(x, x, x, weight, bias, rows, rows, 0.0, center, True, True, center)
-            bwd.backward(x, None, x, None, None, rows, rows, 0.0, center, True, False, False)
+            if columns in (33, 100000):
+                bwd.backward(x, None, x, None, None, rows, rows, 0.0, center, True, False, False)
 
 
 def test_compiles_for_every_target() -> None:

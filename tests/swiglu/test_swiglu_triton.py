@@ -18,8 +18,8 @@ def _launch() -> None:
         for activation in ACTIVATIONS:
             for gate, up in (torch.empty(2, 3, 96, dtype=dtype), torch.empty(3, 2 * 4096, dtype=dtype).chunk(2, -1)):
                 fwd.forward(gate, up, activation)
-                for needs in ((True, True), (True, False)):
-                    bwd.backward(gate, gate, up, activation, *needs)
+                bwd.backward(gate, gate, up, activation, True, True)
+            bwd.backward(gate, gate, up, activation, True, False)
 
 
 def test_compiles_for_every_target() -> None:
