@@ -114,6 +114,33 @@ def test_constant_rows(backend: str, device: str) -> None:
     assert (onepass.rms_norm(torch.zeros(3, 300, device=device), backend=backend) == 0).all()
 
 
+def test_widest_row(fused: str, device: str, generator: torch.Generator) -> None:
+    x, weight, bias, dy = (
+        torch.randn(shape, generator=generator).to(device) for shape in ((2, 262144), (262144,), (262144,), (2, 262144))
+    )
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    y, expected = onepass.layer_norm(*leaves, backend=fused), F.layer_norm(x, (262144,), weight, bias)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    y, expected = onepass.rms_norm(x, weight, backend=fused), F.rms_norm(x, (262144,), weight, 1e-6)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_offsets_past_two_to_the_31st() -> None:
+    x = torch.zeros(2**15 + 3, 2**16, dtype=torch.float16, device="cuda")
+    x[-1, 7] = 9.0
+    for norm in (onepass.rms_norm, onepass.layer_norm):
+        last = x[-1:].clone().requires_grad_()
+        expected = norm(last, backend="reference")
+        (dlast,) = torch.autograd.grad(expected, last, last.detach())
+        x.requires_grad_()
+        y = norm(x, backend="triton")
+        torch.testing.assert_close(y[-1:], expected)
+        torch.testing.assert_close(torch.autograd.grad(y, x, x.detach())[0][-1:], dlast, rtol=1e-2, atol=1e-4)
+
+
 X, WEIGHT = torch.randn(3, 8), torch.randn(8)
 BAD = {
     "list": (lambda: onepass.rms_norm([1.0]), TypeError, "x must be a torch.Tensor, got list"),

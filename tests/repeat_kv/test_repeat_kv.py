@@ -46,6 +46,41 @@ def test_gradient_is_summed_in_fp32(backend: str, device: str) -> None:
     assert (dx == 2050).all()
 
 
+def test_rows_do_not_meet(fused: str, device: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """A token with NaN or inf spoils itself alone; a token alone is the token among others."""
+    x = torch.randn(1, 6, 2, 40, generator=generator).to(device, dtype)
+    dout = torch.randn(1, 6, 6, 40, generator=generator).to(device, dtype)
+    x[0, 1], dout[0, 4] = torch.nan, torch.inf
+    x.requires_grad_()
+    out = onepass.repeat_kv(x, 3, backend=fused)
+    (dx,) = torch.autograd.grad(out, x, dout)
+    assert out[0, [0, 2, 3, 4, 5]].isfinite().all()
+    assert dx[0, [0, 1, 2, 3, 5]].isfinite().all()
+    for i in (0, 2, 5):
+        alone = x[:, i : i + 1].detach().requires_grad_()
+        one = onepass.repeat_kv(alone, 3, backend=fused)
+        assert torch.equal(one, out[:, i : i + 1])
+        assert torch.equal(torch.autograd.grad(one, alone, dout[:, i : i + 1])[0], dx[:, i : i + 1])
+
+
+def test_widest_row(fused: str, device: str, generator: torch.Generator) -> None:
+    x = torch.randn(1, 1, 2, 262144, generator=generator).to(device).requires_grad_()
+    out = onepass.repeat_kv(x, 2, backend=fused)
+    assert torch.equal(out, x.repeat_interleave(2, 2))
+    assert torch.equal(torch.autograd.grad(out, x, out.detach())[0], 2 * x)
+
+
+@pytest.mark.gpu
+def test_offsets_past_two_to_the_31st() -> None:
+    x = torch.zeros(1, 2**13 + 3, 512, 128, dtype=torch.float16, device="cuda")
+    x[0, -1] = 3.0
+    x.requires_grad_()
+    out = onepass.repeat_kv(x, 4, backend="triton")
+    assert out.numel() > 2**31
+    assert (out[0, -1] == 3.0).all()
+    assert (torch.autograd.grad(out, x, out.detach())[0][0, -1] == 12.0).all()
+
+
 X = torch.randn(2, 5, 3, 8)
 BAD = {
     "list": (lambda: onepass.repeat_kv([1.0], 2), TypeError, "x must be a torch.Tensor, got list"),

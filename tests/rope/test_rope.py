@@ -184,6 +184,18 @@ def test_position_that_cannot_be_read_gives_nan(
         torch.testing.assert_close(ours, wanted, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.gpu
+def test_offsets_past_two_to_the_31st() -> None:
+    q = torch.zeros(1, 2**15 + 3, 512, 128, dtype=torch.float16, device="cuda")
+    q[0, -1] = 1.0
+    k = q[:, :, -1:]
+    table = onepass.rope_table(128, q.shape[1], device="cuda")
+    ends = onepass.rope(q[:, -1:], k[:, -1:], *(x[-1:] for x in table), backend="reference")
+    q_out, k_out = onepass.rope(q, k, *table, backend="triton")
+    torch.testing.assert_close(q_out[:, -1:], ends[0])
+    torch.testing.assert_close(k_out[:, -1:], ends[1])
+
+
 Q, K = torch.randn(2, 9, 4, 16), torch.randn(2, 9, 2, 16)
 COS, SIN = torch.ones(9, 8), torch.zeros(9, 8)
 IDS = torch.zeros(2, 9, dtype=torch.int64)

@@ -78,6 +78,36 @@ def test_infinite_and_nan(backend: str, device: str) -> None:
         torch.testing.assert_close(slope[1:], torch.tensor([1.0, 0.0, 1.0, 0.0], device=device))
 
 
+def test_widest_row(fused: str, device: str, generator: torch.Generator) -> None:
+    packed, dout = (torch.randn(2, columns, generator=generator).to(device) for columns in (2 * 262144, 262144))
+    gate, up = (half.requires_grad_() for half in packed.chunk(2, -1))
+    out, expected = onepass.swiglu(gate, up, backend=fused), F.silu(gate) * up
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(
+        torch.autograd.grad(out, (gate, up), dout), torch.autograd.grad(expected, (gate, up), dout), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_offsets_past_two_to_the_31st(packed: bool) -> None:
+    """Of contiguous tensors, and of the halves of one."""
+    if packed:
+        gate, up = torch.zeros(2**14 + 3, 2**17, dtype=torch.float16, device="cuda").chunk(2, -1)
+    else:
+        gate, up = (torch.zeros(2**15 + 3, 2**16, dtype=torch.float16, device="cuda") for _ in range(2))
+    gate[-1, 7], up[-1, 7] = 3.0, 2.0
+    ends = [x[-1:].clone().requires_grad_() for x in (gate, up)]
+    expected = onepass.swiglu(*ends, backend="reference")
+    dends = torch.autograd.grad(expected, ends, ends[0].detach())
+    whole = [x.requires_grad_() for x in (gate, up)]
+    out = onepass.swiglu(*whole, backend="triton")
+    torch.testing.assert_close(out[-1:], expected)
+    for a, b in zip(torch.autograd.grad(out, whole, gate.detach()), dends, strict=True):
+        torch.testing.assert_close(a[-1:], b)
+
+
 X = torch.randn(3, 8)
 BAD = {
     "gate as list": (lambda: onepass.swiglu([1.0], X), TypeError, "gate must be a torch.Tensor, got list"),
