@@ -124,7 +124,7 @@ def test_plain_calls_skip_the_dispatcher(
         calls.append("dispatcher")
         return op(*args)
 
-    monkeypatch.setattr(registration, "forward", watched)
+    monkeypatch.setattr(registration.rotated, "_dispatched", watched)
     q, k = qk(generator, device)
     table = onepass.rope_table(8, 7, device=device)
     expected = onepass.rope(q, k, *table, backend=backend)

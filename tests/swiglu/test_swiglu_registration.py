@@ -104,7 +104,7 @@ def test_plain_calls_skip_the_dispatcher(
         calls.append("dispatcher")
         return op(*args)
 
-    monkeypatch.setattr(registration, "forward", watched)
+    monkeypatch.setattr(registration.gated, "_dispatched", watched)
     gate, up = gate_and_up(generator, device)
     expected = onepass.swiglu(gate, up, backend=backend)
     assert not calls

@@ -54,6 +54,32 @@ def below_dispatcher(*tensors: Tensor | None) -> bool:
     return True
 
 
+# The same for csrc/replay.cpp: functions that give None, False or 0 while PyTorch has nothing to add to a plain call.
+QUIET_WHEN_PLAIN = (
+    _dispatch_modes,
+    _function_modes,
+    _is_tracing,
+    _profiler_enabled,
+    _functorch_level,
+    torch._C._is_any_autocast_enabled,
+)
+FORWARD_LEVEL = (forward_ad, "_current_level")  # -1 while there are no forward-mode tangents
+# The current device, and the current stream of a device.
+CUDA_STATE = (getattr(torch._C, "_cuda_getDevice", None), getattr(torch._C, "_cuda_getCurrentRawStream", None))
+DTYPE_NUMBERS = {  # c10::ScalarType
+    torch.uint8: 0,
+    torch.int8: 1,
+    torch.int16: 2,
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.float16: 5,
+    torch.float32: 6,
+    torch.float64: 7,
+    torch.bool: 11,
+    torch.bfloat16: 15,
+}
+
+
 def batched_gradient(gradient: Tensor) -> bool:
     """Whether autograd's own vmap (is_grads_batched=True) hides several gradients behind this one."""
     return torch._C._functorch.is_legacy_batchedtensor(gradient)

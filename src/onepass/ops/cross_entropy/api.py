@@ -62,7 +62,7 @@ def cross_entropy(
     if unknown:
         raise checks.unknown_argument(cross_entropy, next(iter(unknown)), _HINTS)
     call = _canonical(logits, target, ignore_index, label_smoothing, z_loss, softcap, reduction, return_lse, backend)
-    loss, lse = registration.cross_entropy(call)
+    loss, lse = registration.cross_entropy(*call)
     return _shaped(loss, lse, target, reduction, return_lse)
 
 

@@ -5,12 +5,11 @@ The forward keeps lse and, for the mean, 1 / counted rows; the backward makes dl
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from onepass.core import torch_compat
 from onepass.core.operation import Operation
 from onepass.core.registry import select
+from onepass.core.replay import PlainCalls
 from onepass.ops.cross_entropy import kernels, spec
 
 Tensors = tuple[Tensor, ...]
@@ -119,13 +118,17 @@ forward = _Forward(
 )
 
 
-# What api.py calls.
+# What api.py calls: loss and lse.
 
 
-def cross_entropy(call: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """loss and lse, for the arguments of cross_entropy_fwd: past the dispatcher when it has nothing to add."""
-    if torch_compat.below_dispatcher(*call[:2]):
-        loss, lse, _ = forward.body(*call)
-    else:
-        loss, lse, _ = torch.ops.onepass.cross_entropy_fwd(*call)
+def _launch(*call: Any) -> tuple[Tensor, Tensor]:
+    loss, lse, _ = forward.body(*call)
     return loss, lse
+
+
+def _dispatched(*call: Any) -> tuple[Tensor, Tensor]:
+    loss, lse, _ = forward(*call)
+    return loss, lse
+
+
+cross_entropy = PlainCalls(kernels.FORWARD, _launch, _dispatched)

@@ -85,8 +85,7 @@ def _norm(
     backend: str | None,
 ) -> Any:
     call = _canonical(x, weight, bias, residual, eps, offset, center, backend)
-    y, residual_out = registration.norm(call)
-    return y if residual is None else (y, residual_out)
+    return registration.norm(*call)
 
 
 def _canonical(

@@ -24,7 +24,6 @@ FORWARD = _ROWS.table(
     "norm forward",
     cpu="cpu:forward",
     triton="triton.fwd:forward",
-    triton_direct="triton.fwd:direct_forward",
     reference="reference:forward",
 )
 BACKWARD = _ROWS.table(
