@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,9 +27,8 @@ _SEEN = 3  # calls until a plan is there
 
 
 @pytest.fixture(autouse=True)
-def fresh_plans() -> Iterator[None]:
+def fresh_plans() -> None:
     softmax.softmax.forget()
-    yield
 
 
 class Ordinary:
