@@ -53,6 +53,10 @@ struct Python {
   Object *grad_enabled, *requires_grad, *is_negative;    // a function, an attribute's name, a method of tensors
   Object *num_threads, *cuda_device, *cuda_stream;       // functions; the last one takes the device's index
   Object *to_handles, *to_tensors;                       // PyTorch's: a list of tensors to handles, and back
+  // The same sooner, where replay.py has found that it works: where a tensor's object holds what a handle points to
+  // (0: unknown), and the function that makes an object for a handle (null: unknown).
+  int64_t handle_offset;
+  Object* (*wrap)(void* tensor);
 };
 
 Python py;
@@ -132,6 +136,66 @@ bool is_plain(Object* tensor, bool grad) {
   }
   const Owned negative(py.call_one_arg(py.is_negative, tensor));
   return negative.object == py.no;
+}
+
+// Tensors as handles, while this lives.
+class Inputs {
+ public:
+  Inputs() = default;
+  Inputs(const Inputs&) = delete;
+  ~Inputs() {
+    for (int64_t i = 0; i < owned_; i++) py.torch.delete_tensor_object(handles_[i]);
+  }
+  void* operator[](int64_t i) const { return handles_[i]; }
+
+  bool take(Object* const* tensors, int64_t count) {
+    if (py.handle_offset) {
+      for (int64_t i = 0; i < count; i++) {
+        char* object = reinterpret_cast<char*>(tensors[i]);
+        // A word between the head and the tensor says whether the tensor is held elsewhere.
+        if (py.handle_offset > int64_t(sizeof(Object)) && object[sizeof(Object)]) return false;
+        handles_[i] = object + py.handle_offset;
+      }
+      return true;
+    }
+    const Owned list(py.new_list(count));
+    for (int64_t i = 0; i < count; i++) {
+      py.torch.incref(tensors[i]);
+      py.list_set(list.object, i, tensors[i]);
+    }
+    const Owned capsules(py.call_one_arg(py.to_handles, list.object));
+    if (!capsules.object) return false;
+    for (; owned_ < count; owned_++)
+      handles_[owned_] = py.torch.capsule_get_pointer(py.list_get(capsules.object, owned_), nullptr);
+    return true;
+  }
+
+ private:
+  void* handles_[MOST_TENSORS / 2];
+  int64_t owned_ = 0;
+};
+
+// Objects for new tensors, which are taken over, as one or as a tuple; null: failed.
+Object* as_result(Handle* made, const std::vector<int64_t>& results, bool single) {
+  const int64_t count = results.size();
+  Object* objects[MOST_TENSORS];
+  if (py.wrap) {
+    for (int64_t i = 0; i < count; i++) objects[i] = py.wrap(made[results[i]].tensor);
+  } else {
+    const Owned handles(py.new_list(count));
+    for (int64_t i = 0; i < count; i++) {
+      void*& tensor = made[results[i]].tensor;
+      py.list_set(handles.object, i, static_cast<Object*>(py.torch.capsule_new(tensor, nullptr, nullptr)));
+      tensor = nullptr;  // the list's now
+    }
+    const Owned tensors(py.call_one_arg(py.to_tensors, handles.object));
+    if (!tensors.object) return nullptr;
+    for (int64_t i = 0; i < count; i++) py.torch.incref(objects[i] = py.list_get(tensors.object, i));
+  }
+  if (single) return objects[0];
+  Object* tuple = py.new_tuple(count);
+  for (int64_t i = 0; i < count; i++) py.tuple_set(tuple, i, objects[i]);
+  return tuple;
 }
 
 class Key {
@@ -227,22 +291,7 @@ Object* perform(const std::shared_ptr<Plan>& plan, int64_t device_index, void** 
   for (const Launch& call : p.launches) done = done && launch(call, data, stream);
   if (thread_state) py.torch.take_gil(thread_state);
   if (!done) return nullptr;
-  const Owned handles(py.new_list(p.results.size()));
-  for (size_t i = 0; i < p.results.size(); i++) {
-    void*& tensor = made[p.results[i]].tensor;
-    py.list_set(handles.object, i, static_cast<Object*>(py.torch.capsule_new(tensor, nullptr, nullptr)));
-    tensor = nullptr;  // the list's now
-  }
-  const Owned tensors(py.call_one_arg(py.to_tensors, handles.object));
-  if (!tensors.object) return nullptr;
-  Object* results = p.single ? nullptr : py.new_tuple(p.results.size());
-  for (size_t i = 0; i < p.results.size(); i++) {
-    Object* tensor = py.list_get(tensors.object, i);
-    py.torch.incref(tensor);
-    if (p.single) return tensor;
-    py.tuple_set(results, i, tensor);
-  }
-  return results;
+  return as_result(made, p.results, p.single);
 }
 
 // What replay_call does, new reference; null: declined.
@@ -264,22 +313,14 @@ Object* replay(Calls& calls, Object* const* arguments, intptr_t count) {
     }
   }
   if (!inputs) return nullptr;
-  const Owned list(py.new_list(inputs));
-  for (int64_t i = 0; i < inputs; i++) {
-    py.torch.incref(tensors[i]);
-    py.list_set(list.object, i, tensors[i]);
-  }
-  const Owned capsules(py.call_one_arg(py.to_handles, list.object));
-  if (!capsules.object) return nullptr;
-  Handle handles[MOST_TENSORS / 2];
+  Inputs handles;
+  if (!handles.take(tensors, inputs)) return nullptr;
   void* data[MOST_TENSORS * 2];
-  for (int64_t i = 0; i < inputs; i++)
-    handles[i].tensor = py.torch.capsule_get_pointer(py.list_get(capsules.object, i), nullptr);
   int32_t device_type = -1, device_index = 0;
   for (int64_t i = 0; i < inputs; i++) {
     int32_t index;
-    if (!add_tensor(key, handles[i].tensor, device_type, data[i]) ||
-        py.torch.get_device_index(handles[i].tensor, &index) || (i && index != device_index))
+    if (!add_tensor(key, handles[i], device_type, data[i]) ||
+        py.torch.get_device_index(handles[i], &index) || (i && index != device_index))
       return nullptr;
     device_index = index;
     for (int64_t j = 0; j < i; j++)

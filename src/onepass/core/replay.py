@@ -98,6 +98,8 @@ def _bind() -> ctypes.CDLL | None:
         *map(id, plain),
         *[0] * (_MOST_QUIET - len(plain)),
         *map(id, after),
+        torch_compat.handle_offset(_handle),
+        torch_compat.wrap_function(),
     ]
     library = cpu_library.library()
     library.onepass_replay_bind.argtypes = (ctypes.c_char_p, ctypes.c_int64)
@@ -109,6 +111,12 @@ def _bind() -> ctypes.CDLL | None:
     library.onepass_replay_forget.argtypes = (ctypes.c_void_p,)
     library.onepass_replay_add.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)
     return library
+
+
+def _handle(capsule: Any) -> int:
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.argtypes, pointer.restype = (ctypes.py_object, ctypes.c_void_p), ctypes.c_void_p
+    return pointer(capsule, None) or 0
 
 
 def _address(function: Any) -> int:
@@ -180,7 +188,7 @@ class PlainCalls:
         definition = _MethodDef(b"replay", _address(_library.onepass_replay_call), _METH_FASTCALL, None)
         _kept.append(definition)
         self._replay = new_function(ctypes.addressof(definition), new_capsule(self._calls, None, None), None)
-        return None
+        return self._replay(*call)
 
     def _watched(self, serial: int, call: tuple[Any, ...]) -> Any:
         inputs = [x for x in call if isinstance(x, Tensor)]

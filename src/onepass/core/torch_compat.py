@@ -92,6 +92,39 @@ tensor_handles: Any = getattr(_interface, "unsafe_alloc_void_ptrs_from_tensors",
 take_tensors: Any = getattr(_interface, "alloc_tensors_by_stealing_from_void_ptrs", None)
 
 
+def handle_offset(address_of_handle: Callable[[Any], int]) -> int:
+    """Where a tensor's object holds what its handles point to, if that is the same for all; 0: unknown.
+
+    `address_of_handle` gives the address of a capsule's handle. The layout is PyTorch's own affair and has changed, so
+    it is looked for: the word that is the same in the object and behind the handle.
+    """
+    head = object.__basicsize__
+    tensors = [
+        torch.empty(1),
+        torch.empty(2, requires_grad=True),
+        torch.nn.Parameter(torch.empty(3)),
+        torch.empty(4)[1:],
+    ]
+
+    def holds(tensor: Tensor, offset: int) -> bool:
+        handle = address_of_handle(tensor_handles([tensor])[0])
+        word = ctypes.c_uint64.from_address
+        return word(id(tensor) + offset).value == word(handle).value
+
+    found = [offset for offset in (head, head + 8) if all(holds(tensor, offset) for tensor in tensors)]
+    return found[0] if len(found) == 1 else 0
+
+
+def wrap_function() -> int:
+    """The address of the function that makes a tensor's object, given its handle; 0: unknown."""
+    try:
+        library = ctypes.PyDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_python.so"))
+        function = library._Z16THPVariable_WrapRKN2at10TensorBaseE
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
 def stable_c_interface() -> ctypes.CDLL | None:
     """The library with the functions aoti_torch_*; None where this PyTorch lacks them, or the two functions above."""
     if tensor_handles is None or take_tensors is None:
