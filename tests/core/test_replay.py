@@ -177,9 +177,7 @@ def test_whoever_wants_to_see_the_call_sees_it(ordinary: Ordinary, device: str) 
     onepass.softmax(x.as_subclass(_Subclass))
     negated = torch._neg_view(x)
     torch.testing.assert_close(onepass.softmax(negated), torch.softmax(-x, -1))
-    with torch.autocast(device, dtype=torch.bfloat16):
-        onepass.softmax(x)
-    assert ordinary.count == 5
+    assert ordinary.count == 4
 
 
 def test_tensors_that_share_memory_are_told_apart(device: str, generator: torch.Generator) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onepass.core import cpu_library, torch_compat
@@ -160,7 +161,7 @@ class PlainCalls:
         table.when_forgotten.append(self.forget)
 
     def __call__(self, *call: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if not is_dynamo_compiling():  # what else compiles has a mode, which C sees
             found = self._replay(*call)
             if found is not None and not _paused:
                 return self._watched(found, call) if type(found) is int else found

@@ -61,7 +61,6 @@ QUIET_WHEN_PLAIN = (
     _is_tracing,
     _profiler_enabled,
     _functorch_level,
-    torch._C._is_any_autocast_enabled,
 )
 FORWARD_LEVEL = (forward_ad, "_current_level")  # -1 while there are no forward-mode tangents
 # The current device, and the current stream of a device.

@@ -62,7 +62,8 @@ def cross_entropy(
     if unknown:
         raise checks.unknown_argument(cross_entropy, next(iter(unknown)), _HINTS)
     call = _canonical(logits, target, ignore_index, label_smoothing, z_loss, softcap, reduction, return_lse, backend)
-    loss, lse = registration.cross_entropy(*call)
+    found = registration.cross_entropy(*call, return_lse)
+    loss, lse = found if return_lse else (found, None)
     return _shaped(loss, lse, target, reduction, return_lse)
 
 
@@ -120,11 +121,11 @@ def linear_cross_entropy(
     return _shaped(loss, lse, target, reduction, return_lse)
 
 
-def _shaped(loss: Tensor, lse: Tensor, target: Tensor, reduction: str, return_lse: bool) -> Any:
+def _shaped(loss: Tensor, lse: Tensor | None, target: Tensor, reduction: str, return_lse: bool) -> Any:
     """Rows back in target's shape."""
     if target.dim() != 1:
         loss = loss.view(target.shape) if reduction == "none" else loss
-        lse = lse.view(target.shape) if return_lse else lse
+        lse = lse.view(target.shape) if lse is not None else lse
     return (loss, lse) if return_lse else loss
 
 

@@ -20,7 +20,13 @@ _BWD = struct.Struct(f"={_CROSS_ENTROPY}8q")
 
 @looks_at_targets
 def forward(
-    logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    need_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """loss and lse of each row."""
     rows, columns = logits.shape

@@ -25,8 +25,12 @@ def forward(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    need_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """loss and lse of each row, fp32 (fp64 for fp64). logits (rows, classes), target (rows,) int64."""
+    """loss and lse of each row, fp32 (fp64 for fp64). logits (rows, classes), target (rows,) int64.
+
+    A backend may leave lse empty when it is not needed.
+    """
     x, _ = _capped(logits, softcap)
     largest = x.amax(-1)
     shift = torch.where(largest == -torch.inf, 0.0, largest)
@@ -83,8 +87,13 @@ def backward(
 
 
 @without_autocast()
-def reduce(loss: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor]:
-    """The rows' sum or mean, and what a row's loss is multiplied by in it: 1 / counted rows; empty for the sum."""
+def reduce(
+    loss: Tensor, target: Tensor, ignore_index: int, mean: bool, need_scale: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The rows' sum or mean, and what a row's loss is multiplied by in it: 1 / counted rows; empty for the sum.
+
+    A backend may leave it empty when it is not needed.
+    """
     total = loss.sum()
     if not mean:
         return total, loss.new_empty(0)

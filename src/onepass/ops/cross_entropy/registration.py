@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from onepass.core.operation import Operation
+from onepass.core.operation import Call, Operation
 from onepass.core.registry import select
 from onepass.core.replay import PlainCalls
 from onepass.ops.cross_entropy import kernels, spec
@@ -50,15 +50,20 @@ class _Forward(Operation):
     """Two kernels: the rows, then their reduction."""
 
     def body(self, *args: Any) -> Tensors:
+        return self.rows_then_reduction(args, for_backward=True)
+
+    def rows_then_reduction(self, args: Call, for_backward: bool, need_lse: bool = True) -> Tensors:
+        """loss, lse, scale; the last two may be empty where nobody needs them."""
         *options, reduction, backend = args
         facts = self.facts(*args[:-1])
         logits, target, ignore_index = args[:3]
         launcher = select(kernels.FORWARD, facts, backend)
         spec.require_targets_before(launcher, target, logits.shape[1], ignore_index)
-        rows, lse = launcher(*options)
+        rows, lse = launcher(*options, need_lse=need_lse)
         if reduction == "none":
             return rows, lse, rows.new_empty(0)
-        loss, scale = select(kernels.REDUCE, facts, backend)(rows, target, ignore_index, reduction == "mean")
+        reduce = select(kernels.REDUCE, facts, backend)
+        loss, scale = reduce(rows, target, ignore_index, reduction == "mean", need_scale=for_backward)
         return loss, lse, scale
 
 
@@ -118,17 +123,19 @@ forward = _Forward(
 )
 
 
-# What api.py calls: loss and lse.
+# What api.py calls, with the arguments of cross_entropy_fwd and whether lse is asked for: loss, or loss and lse.
 
 
-def _launch(*call: Any) -> tuple[Tensor, Tensor]:
-    loss, lse, _ = forward.body(*call)
-    return loss, lse
+def _launch(*call: Any) -> Tensor | tuple[Tensor, ...]:
+    *args, need_lse = call
+    loss, lse, _ = forward.rows_then_reduction(tuple(args), for_backward=False, need_lse=need_lse)
+    return (loss, lse) if need_lse else loss
 
 
-def _dispatched(*call: Any) -> tuple[Tensor, Tensor]:
-    loss, lse, _ = forward(*call)
-    return loss, lse
+def _dispatched(*call: Any) -> Tensor | tuple[Tensor, ...]:
+    *args, need_lse = call
+    loss, lse, _ = forward(*args)
+    return (loss, lse) if need_lse else loss
 
 
 cross_entropy = PlainCalls(kernels.FORWARD, _launch, _dispatched)

@@ -44,7 +44,7 @@ def _canonical(x: Tensor, backend: str | None) -> tuple[Tensor, str]:
     if not isinstance(x, Tensor):
         checks.require_tensor("x", x)
     # PyTorch's autocast runs softmax in fp32 on GPUs and leaves it alone on CPUs.
-    if x.is_cuda and torch_compat.autocast_enabled(x) and x.dtype in (torch.bfloat16, torch.float16):
+    if torch_compat.autocast_enabled(x) and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
         x = x.float()
     return x, backend_in_use() if backend is None else backend
 

@@ -29,7 +29,8 @@ def _loss(lse, picked, sum_x, classes, counted, valid, label_smoothing, z_loss, 
 def _rows_fwd_kernel(
     logits_ptr, target_ptr, loss_ptr, lse_ptr, rows, classes, stride_logits,
     ignore_index, label_smoothing, z_loss, softcap,
-    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, NEED_LSE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     exists = row < rows
@@ -50,7 +51,8 @@ def _rows_fwd_kernel(
     sum_x = tl.sum(tl.where(mask, x, 0.0), 1) if SMOOTHING else lse
     loss = _loss(lse, picked, sum_x, classes, counted, valid, label_smoothing, z_loss, SMOOTHING)
     tl.store(loss_ptr + row, loss, mask=exists)
-    tl.store(lse_ptr + row, lse, mask=exists)
+    if NEED_LSE:
+        tl.store(lse_ptr + row, lse, mask=exists)
 
 
 @triton.jit
@@ -87,8 +89,8 @@ def wide_row(
 def _wide_fwd_kernel(
     logits_ptr, target_ptr, loss_ptr, lse_ptr, rows, classes, stride_logits,
     ignore_index, label_smoothing, z_loss, softcap,
-    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    STAGES: tl.constexpr,
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, NEED_LSE: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
@@ -97,7 +99,8 @@ def _wide_fwd_kernel(
         SMOOTHING, SOFTCAP, BLOCK, LANES, VECTOR, STAGES,
     )  # fmt: skip
     tl.store(loss_ptr + row, loss)
-    tl.store(lse_ptr + row, lse)
+    if NEED_LSE:
+        tl.store(lse_ptr + row, lse)
 
 
 _rows_fwd = Launcher(_rows_fwd_kernel)
@@ -111,19 +114,20 @@ def forward(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    need_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """loss and lse of each row, fp32."""
+    """loss and lse of each row, fp32; lse is empty where it is not needed."""
     rows, classes = logits.shape
     loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(loss)
+    lse = torch.empty(rows if need_lse else 0, dtype=torch.float32, device=logits.device)
     if not rows:
         return loss, lse
     x = as_rows(logits)
     arguments = (
-        x, target.contiguous(), loss, lse, rows, classes, x.stride(0),
+        x, target.contiguous(), loss, lse if need_lse else None, rows, classes, x.stride(0),
         ignore_index, label_smoothing, z_loss, softcap,
     )  # fmt: skip
-    options = {"SMOOTHING": label_smoothing != 0, "SOFTCAP": softcap != 0}
+    options = {"SMOOTHING": label_smoothing != 0, "SOFTCAP": softcap != 0, "NEED_LSE": need_lse}
     if (tile := forward_rows(classes)) is not None:
         cut = {"BLOCK_ROWS": tile.block_rows, "BLOCK_COLS": tile.block_cols}
         programs = triton.cdiv(rows, tile.block_rows)
