@@ -23,7 +23,7 @@ def argument(place: int, change: Callable[[Any], Any]) -> Callable[[Launcher], L
     """The launcher with one argument changed."""
 
     def broken(launcher: Launcher) -> Launcher:
-        return lambda *args: launcher(*args[:place], change(args[place]), *args[place + 1 :])
+        return lambda *args, **more: launcher(*args[:place], change(args[place]), *args[place + 1 :], **more)
 
     return broken
 
@@ -32,8 +32,8 @@ def result(place: int, change: Callable[[Tensor], Tensor]) -> Callable[[Launcher
     """The launcher with one result changed."""
 
     def broken(launcher: Launcher) -> Launcher:
-        def run(*args: Any) -> tuple[Tensor, ...]:
-            results = list(launcher(*args))
+        def run(*args: Any, **more: Any) -> tuple[Tensor, ...]:
+            results = list(launcher(*args, **more))
             results[place] = change(results[place])
             return tuple(results)
 
