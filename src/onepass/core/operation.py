@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from onepass.core import torch_compat
 from onepass.core.registry import KernelTable, select
@@ -57,7 +58,7 @@ class Operation:
             refusal = refusal or f"onepass.{public} has no second derivative (create_graph=True)"
             save, differentiate = _save_nothing, _refuses_gradient(refusal)
         assert save is not None
-        torch_compat.register_autograd(LIBRARY, self.op, save, differentiate)
+        self._recorded = torch_compat.register_autograd(LIBRARY, self.op, self.body, save, differentiate)
 
     def body(self, *args: Any) -> Any:
         """Checks, chooses, launches."""
@@ -65,8 +66,13 @@ class Operation:
         return select(self.table, self.facts(*call), args[-1])(*call)
 
     def __call__(self, *args: Any) -> Any:
-        """Through the dispatcher."""
-        return self.op(*args)
+        """Through the dispatcher, where it has anything to add but autograd."""
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if not torch_compat.only_autograd(*tensors) or any(map(torch_compat.batched_gradient, tensors)):
+            return self.op(*args)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return self._recorded(*args)
+        return self.body(*args)
 
 
 def _save_nothing(ctx: Any, inputs: Call, outputs: Any) -> None:

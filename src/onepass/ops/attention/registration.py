@@ -332,7 +332,7 @@ def _register() -> None:
         _LIBRARY.impl(name.partition("::")[2], body, "CompositeExplicitAutograd")
         torch.library.register_fake(name, fake, lib=_LIBRARY)
         torch.library.register_vmap(name, _refuses_vmap(name.partition("::")[2].removesuffix("_fwd")), lib=_LIBRARY)
-        torch_compat.register_autograd(_LIBRARY, op, save, differentiate)
+        torch_compat.register_autograd(_LIBRARY, op, body, save, differentiate)
 
 
 _register()

@@ -55,5 +55,5 @@ def softmax(x: Tensor, backend: str) -> Tensor:
     if torch_compat.below_dispatcher(x):
         y: Tensor = select(kernels.FORWARD, spec.softmax_facts(x), backend)(x)
     else:
-        y = torch.ops.onepass.softmax_fwd(x, backend)
+        y = forward(x, backend)
     return y
