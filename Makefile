@@ -3,7 +3,7 @@
 #   make test    lint, types and all tests
 # and
 #   make lint    ruff, ruff format --check, mypy
-#   make bench   every benchmark, results into benchmarks/ (an hour on two cores)
+#   make bench   every benchmark of the GPU, or of the CPU where there is none, results into benchmarks/ (hours on two cores)
 #   make clean   remove what the above made
 # Variables: PYTHON (which interpreter), VENV (where), TORCH (what pip installs when no torch >= 2.9 is there yet),
 # THREADS, ARGS (more arguments for pytest or for onepass bench).
@@ -34,8 +34,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-cli
-	$(BIN)/onepass bench attention --plot --threads $(THREADS) $(ARGS)
-	$(BIN)/onepass bench generation --plot --threads $(THREADS) $(ARGS)
+	$(BIN)/onepass bench all --plot --threads $(THREADS) $(ARGS)
+	$(BIN)/onepass bench bandwidth --plot --threads $(THREADS)
 
 # One file per set of extras: `make test` after `make demo` adds the tools for tests, and either installs again when a source has changed.
 $(VENV)/.installed-%: $(SOURCES) scripts/install.sh

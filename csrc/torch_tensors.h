@@ -13,6 +13,7 @@
   HOST_FUNCTION(int32_t, get_strides, void* tensor, int64_t** strides)                                                \
   HOST_FUNCTION(int32_t, get_dtype, void* tensor, int32_t* dtype)                                                     \
   HOST_FUNCTION(int32_t, get_device_type, void* tensor, int32_t* device_type)                                         \
+  HOST_FUNCTION(int32_t, get_device_index, void* tensor, int32_t* device_index)                                       \
   HOST_FUNCTION(int32_t, get_layout, void* tensor, int32_t* layout)                                                   \
   HOST_FUNCTION(int32_t, empty_strided, int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,     \
                  int32_t device_type, int32_t device_index, void** tensor)                                            \

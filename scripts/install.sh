@@ -2,13 +2,16 @@
 # Makes the virtual environment and installs onepass with one set of extras into it: scripts/install.sh cli|dev
 #
 # A torch that the interpreter already has (>= 2.9), or that pip's own settings bring, is used; otherwise $TORCH is installed.
-# Environment: PYTHON, VENV, TORCH, CXX. Says which package to install when the machine lacks something.
+# With dev, where Triton exists (x86-64): the Triton that torch brought stays, a torch without one gets $TRITON, and the oldest and
+# the newest that onepass supports are put beside it in $VENV/triton, for the tests that compile every kernel.
+# Environment: PYTHON, VENV, TORCH, TRITON, CXX. Says which package to install when the machine lacks something.
 set -eu
 
 EXTRAS=${1:?usage: scripts/install.sh cli|dev}
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
 TORCH=${TORCH:-torch==2.13.0}
+TRITON=${TRITON:-triton==3.6.*}
 
 HAS_TORCH='import sys, torch; sys.exit(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 9))'
 
@@ -48,9 +51,34 @@ install_torch() {
     "$VENV/bin/python" -m pip install "$TORCH" || "$VENV/bin/python" -m pip install "torch>=2.9"
 }
 
+install_triton() {
+    [ "$(uname -m)" = x86_64 ] || return 0
+    if ! "$VENV/bin/python" -c 'import triton' 2>/dev/null; then
+        echo "onepass: installing $TRITON"
+        "$VENV/bin/python" -m pip install --quiet "$TRITON" || "$VENV/bin/python" -m pip install --quiet "triton>=3.6"
+    fi
+    keep_triton oldest 'triton==3.6.*'
+    keep_triton newest triton
+}
+
+# keep_triton NAME REQUIREMENT: in a folder of its own, once, unless it is the installed one.
+keep_triton() {
+    [ ! -e "$VENV/triton/$1" ] || return 0
+    mkdir -p "$VENV/triton"
+    rm -rf "$VENV/triton/$1.part"
+    if [ "$1" = oldest ] && "$VENV/bin/python" -c 'import sys, triton; sys.exit(not triton.__version__.startswith("3.6."))'; then
+        mkdir "$VENV/triton/$1"
+    elif "$VENV/bin/python" -m pip install --quiet --no-deps --target "$VENV/triton/$1.part" "$2"; then
+        mv "$VENV/triton/$1.part" "$VENV/triton/$1"
+    else
+        echo "onepass: $2 was not found: the tests will not compile the kernels with it" >&2
+    fi
+}
+
 check_machine
 make_venv
 install_torch
+[ "$EXTRAS" != dev ] || install_triton
 echo "onepass: building the wheel"
 rm -f dist/onepass-*.whl
 "$VENV/bin/python" -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -1,9 +1,15 @@
-"""Seeds: every run draws a fresh one and prints it, `--seed` replays it. Each test gets its own by its name."""
+"""Seeds and devices.
+
+Every run draws a fresh seed and prints it, `--seed` replays it; each test gets its own by its name. Tests marked `gpu`
+are skipped where there is no GPU.
+"""
 
 import zlib
 
 import pytest
 import torch
+
+from onepass.testing import parametrize
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,3 +49,22 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="there is no GPU here"))
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """Where this test's backends work: "cuda" for those of GPUs."""
+    names = ("backend", "other", "fused")
+    backends = {request.getfixturevalue(name) for name in names if name in request.fixturenames}
+    if not any(parametrize.on_gpu(backend) for backend in backends):
+        return "cpu"
+    if "cpu" in backends:
+        pytest.skip("the tensors of one call lie on one device")
+    return "cuda"

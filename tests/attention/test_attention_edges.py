@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import onepass
-from onepass.ops.attention.inputs import normal
+from onepass.testing.inputs import normal
 
 
 def qkv(

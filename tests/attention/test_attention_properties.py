@@ -10,8 +10,9 @@ from torch import Tensor
 
 import onepass
 from onepass.ops.attention import kernels
-from onepass.ops.attention.inputs import LAYOUTS, AttentionCase, DecodeCase, normal
+from onepass.ops.attention.inputs import LAYOUTS, AttentionCase, DecodeCase
 from onepass.testing import memory, numerics
+from onepass.testing.inputs import normal
 
 _OPTIONS = {"causal": True, "window_size": (40, -1)}
 _PAIRS = list(itertools.permutations(kernels.FORWARD.usable, 2))

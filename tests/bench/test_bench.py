@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import time
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from onepass.bench import peak, plot, registry, report, run, timing
+from onepass.bench import environment, peak, plot, registry, report, run, timing
+from onepass.commands import bench
 from onepass.core import cpu_library
 
 SETTINGS = run.Settings(num_threads=1, repeats=3, sample_seconds=0.001)
@@ -51,7 +54,9 @@ def test_unknown_names_are_told():
 def test_interleaved_order_rotates_and_counts():
     order = []
     names = ("a", "b", "c")
-    samples = timing.interleaved({name: lambda name=name: order.append(name) for name in names}, 4, 1e-9)
+    samples = timing.interleaved(
+        {name: lambda name=name: order.append(name) for name in names}, 4, timing.WallClock(1e-9)
+    )
     assert all(len(sample.seconds) == 4 and sample.calls == 1 for sample in samples.values())
     assert order[-12:] == ["a", "b", "c", "b", "c", "a", "c", "a", "b", "a", "b", "c"]
 
@@ -135,6 +140,140 @@ def test_bars(bars, met):
     }
     (bar,) = report.case_bars("group", row)
     assert bar.met is met
+
+
+@pytest.mark.parametrize(
+    ("bars", "met"),
+    [
+        ({"gbps": 4.0}, True),
+        ({"gbps": 4.1}, False),
+        ({"percent_of_bandwidth": 50.0}, True),
+        ({"percent_of_bandwidth": 50.1}, False),
+        ({"ratio to peer": 2.02}, True),
+        ({"ratio to peer": 2.03}, False),
+        ({"ratio to nobody": 1.0}, None),
+        ({"peak_bytes": 1000.0}, True),
+        ({"peak_bytes": 999.0}, False),
+    ],
+)
+def test_bars_of_memory(bars, met):
+    case = toy(min_bytes=4e9, bars=bars)
+    samples = {"ours": timing.Samples(1, [1.0] * 3), "peer": timing.Samples(1, [2.0] * 3)}
+    row = {
+        "name": case.name,
+        "bars": bars,
+        "samples": {"ours": {}, "peer": {}},
+        "peak_bytes": {"ours": 1000, "peer": 2000},
+        "summary": run.summarise(case, samples, roofline={"read": 9.0, "copy": 8.0}),
+    }
+    (bar,) = report.case_bars("group", row)
+    assert bar.met is met
+
+
+def test_unknown_bars_are_told():
+    with pytest.raises(ValueError, match=r"there is no bar 'speed'; expected one of ratio, .*ratio to PEER"):
+        list(report.case_bars("group", {"name": "toy", "bars": {"speed": 1.0}, "samples": {"ours": {}}}))
+
+
+def test_absent_peers_are_in_the_result_and_in_the_table(tmp_path):
+    def errors():
+        return {"ours": 0.1, "peer": 0.1, "wrong": 500.0}
+
+    providers = {name: lambda: None for name in ("ours", "peer", "wrong", "broken")}
+    prepared = registry.Prepared(providers, errors, absent={"quack": "quack is not installed", "broken": "it broke"})
+    case = registry.Case("toy", {}, "float32", lambda: prepared, bars={"ratio to quack": 1.0})
+    result = run.run(toy_benchmark(case, toy()), SETTINGS, tmp_path / "toy.json")
+    row = result["groups"]["group"]["cases"][0]
+    assert list(row["samples"]) == ["ours", "peer"]
+    assert row["absent"] == {
+        "quack": "quack is not installed",
+        "broken": "it broke",
+        "wrong": "its numbers are wrong: 500 error budgets from fp64, not 100",
+    }
+    (table,) = report.tables(result)
+    assert "without quack: quack is not installed (toy)" in str(table.caption)
+    (line,) = report.verdict(result)
+    assert "not judged, the peer is absent: group, toy: ratio to quack" in line.plain
+    plot.draw(result, tmp_path, "toy")
+
+
+def test_bytes_are_counted_against_the_roofline(tmp_path):
+    result = run.run(toy_benchmark(toy(ours=0.001, min_bytes=1e6)), SETTINGS, tmp_path / "toy.json")
+    group = result["groups"]["group"]
+    assert group["roofline"]["copy"] > 0.1
+    summary = group["cases"][0]["summary"]
+    assert summary["percent_of_bandwidth"]["ours"] == pytest.approx(
+        100 * summary["gbps"]["ours"] / group["roofline"]["copy"]
+    )
+    (picture,) = plot.draw(result, tmp_path, "toy")
+    text = "".join(ElementTree.parse(picture).getroot().itertext())
+    assert "GB/s" in text
+    assert "% of measured copy bandwidth" in text
+
+
+def test_a_group_with_wrong_numbers_does_not_stop_the_next(tmp_path):
+    groups = (registry.Group("bad", "Bad", (toy(error=9.0),)), registry.Group("good", "Good", (toy(),)))
+    with pytest.raises(run.NumericsError, match="bad, toy: ours is 9 error budgets"):
+        run.run(registry.Benchmark("toy", groups), SETTINGS, tmp_path / "toy.json")
+    assert list(run.load(tmp_path / "toy.json")["groups"]) == ["good"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_groups_of_a_gpu_need_one(tmp_path):
+    benchmark = registry.find("softmax")
+    with pytest.raises(ValueError, match="there is no GPU here for softmax: forward"):
+        run.run(benchmark, SETTINGS, tmp_path / "out.json", ["forward"])
+    with pytest.raises(ValueError, match="sees no GPU here"):
+        bench.chosen_device("cuda")
+
+
+def test_what_nvidia_smi_tells():
+    found = environment.parse_gpu_clocks("580.95.05, 1980, 1980, 3201, 3201, 118.53, 700.00, [N/A]\n")
+    assert found["driver"] == "580.95.05"
+    assert found["sm_mhz"] == found["max_sm_mhz"] == 1980.0
+    assert found["celsius"] == "[N/A]"
+
+
+def test_results_of_a_gpu_name_it(monkeypatch):
+    properties = SimpleNamespace(
+        name="NVIDIA H200", total_memory=1, multi_processor_count=132, major=9, minor=0, uuid="none"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: properties.name)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    facts = environment.facts(2, "cuda")
+    assert facts["device"] == "nvidia-h200"
+    assert facts["multiprocessors"] == 132
+    assert "isa" not in facts  # the C++ library need not be there
+    assert report.machine(facts).startswith("NVIDIA H200, torch ")
+
+
+def test_devices_are_chosen():
+    assert bench._device_of(["attention"], (), None) == "cpu"
+    assert bench._device_of(["norm"], ("cpu-forward-fresh",), None) == "cpu"
+    assert bench._device_of(["norm"], (), "cpu") == "cpu"
+
+
+def test_all_benchmarks_in_one_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wrong = (registry.Group("wrong", "Wrong", (toy(error=9.0),)), registry.Group("right", "Right", (toy(),)))
+
+    def fails():
+        raise RuntimeError("out of memory")
+
+    broken = toy_benchmark(registry.Case("toy", {}, "float32", fails), name="broken")
+    good = toy_benchmark(toy(), name="good")
+    benchmarks = {"bad": registry.Benchmark("bad", wrong), "broken": broken, "good": good}
+    monkeypatch.setattr(registry, "modules", lambda: dict.fromkeys(benchmarks, ""))
+    monkeypatch.setattr(registry, "find", benchmarks.__getitem__)
+    done = CliRunner().invoke(bench.command, ["all", "--device", "cpu", "--repeats", "3"])
+    assert done.exit_code == 1
+    assert "bad: wrong, toy: ours is 9 error budgets" in done.output
+    assert "broken: out of memory" in done.output
+    assert "Right (right)" in done.output
+    assert sorted(path.name for path in tmp_path.glob("onepass-bench/results/*/*")) == ["bad.json", "good.json"]
+    listed = CliRunner().invoke(bench.command, [])
+    assert "good (cpu): group" in listed.output
 
 
 def test_geometric_mean_and_rate_bars():

@@ -65,7 +65,7 @@ def test_bench_writes_draws_and_shows(tmp_path, monkeypatch):
 def test_bench_lists_and_refuses():
     listed = invoke("bench", "--list")
     assert listed.exit_code == 0
-    assert re.search(r"^attention: forward-fp32, ", listed.output, re.MULTILINE)
+    assert re.search(r"^attention \(cpu\): forward-fp32, ", listed.output, re.MULTILINE)
     missing = invoke("bench", "attention", "--no-run", "--out", "/nonexistent/result.json")
     assert isinstance(missing.exception, ValueError)
     assert "no result /nonexistent/result.json yet: run without --no-run" in str(missing.exception)

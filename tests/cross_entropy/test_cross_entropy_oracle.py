@@ -8,27 +8,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import onepass
-from onepass.core import env
-from onepass.ops.cross_entropy import kernels
 from onepass.ops.cross_entropy.inputs import CASES, CrossEntropyCase, LinearCase, Options
-from onepass.testing import numerics
+from onepass.testing import conformance, numerics
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_within_budget(case: numerics.Case, fused: str, device: str, dtype: torch.dtype, seed: int) -> None:
-    if fused == "triton" and dtype is torch.bfloat16 and env.triton_interpreted():
-        pytest.skip("Triton's interpreter rounds bfloat16 wrongly")
-    inputs = case.inputs(dtype, device, torch.Generator().manual_seed(seed))
-    guards = {name: numerics.guarded(x) for name, x in inputs.items()}
-    with numerics.nan_filled_memory():
-        comparisons = numerics.compare_inputs(case, {name: guard.tensor for name, guard in guards.items()}, fused)
-    numerics.assert_within_budget(comparisons, case=case, dtype=dtype, backend=fused, seed=seed)
-    assert all(guard.intact() for guard in guards.values()), "an input or memory beside it was written to"
+    conformance.within_budget(case, fused, device, dtype, seed)
 
 
-def test_every_case_reaches_every_backend(fused: str, device: str, generator: torch.Generator) -> None:
-    for case in CASES:
-        assert fused in case.backends(case.inputs(torch.float32, device, generator))
+def test_cases_reach_every_backend(fused: str, device: str, generator: torch.Generator) -> None:
+    conformance.reaches_backend(CASES, fused, device, generator)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_same_bits_twice(case: numerics.Case, fused: str, device: str, generator: torch.Generator) -> None:
+    conformance.same_bits_twice(case, fused, device, generator)
 
 
 def _by_torch(logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -77,20 +72,17 @@ def test_nonfinite_rows_are_those_of_torch(generator: torch.Generator) -> None:
     assert 0 < int(theirs.isnan().sum()) < len(theirs)
 
 
-@pytest.mark.parametrize("first", kernels.FORWARD.usable)
-@pytest.mark.parametrize("second", kernels.BACKWARD.usable)
-def test_any_backward_follows_any_forward(first: str, second: str, generator: torch.Generator) -> None:
-    device = "cuda" if "triton" in (first, second) and torch.cuda.is_available() else "cpu"
-    if device == "cuda" and "cpu" in (first, second):
-        pytest.skip("the tensors of one call lie on one device")
+def test_every_backward_follows_every_forward(
+    backend: str, other: str, device: str, generator: torch.Generator
+) -> None:
     logits = torch.randn(5, 300, generator=generator).to(device)
     target = torch.tensor([1, -100, 299, 0, 7], device=device)
     options = (-100, 0.1, 1e-2, 5.0)
-    _, lse, _ = torch.ops.onepass.cross_entropy_fwd(logits, target, *options, "none", first)
+    _, lse, _ = torch.ops.onepass.cross_entropy_fwd(logits, target, *options, "none", backend)
     dloss, dlse = (torch.randn(5, generator=generator).to(device) for _ in range(2))
     ours, plain = (
-        torch.ops.onepass.cross_entropy_bwd(dloss, dlse, logits, target, lse, *options, backend)
-        for backend in (second, "reference")
+        torch.ops.onepass.cross_entropy_bwd(dloss, dlse, logits, target, lse, *options, name)
+        for name in (other, "reference")
     )
     torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-5)
 

@@ -1,8 +1,4 @@
-"""Triton's kernels without a GPU: interpreted in a process of their own, compiled ahead of time for each target."""
-
-import subprocess
-import sys
-from pathlib import Path
+"""Triton's kernels compiled ahead of time for each target."""
 
 import pytest
 import torch
@@ -11,21 +7,7 @@ from onepass.core import env
 from onepass.testing import aot
 
 pytest.importorskip("triton", reason="Triton is not installed")
-pytestmark = pytest.mark.skipif(env.triton_interpreted(), reason="this process is the one that interprets")
-
-_FOLDER = Path(__file__).parent
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs these tests itself")
-@pytest.mark.parametrize("part", ["oracle", "strips", "properties", "faults"])
-def test_interpreted(part: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", f"--seed={seed}"]
-    tests = f"{_FOLDER}/test_cross_entropy_{part}.py"
-    done = subprocess.run([*command, tests], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+pytestmark = pytest.mark.skipif(env.triton_interpreted(), reason="interpreted kernels are not compiled")
 
 
 def _launch() -> None:
@@ -49,10 +31,5 @@ def _launch() -> None:
             carry.carry(torch.zeros(64), torch.zeros(64, dtype=kept), torch.zeros(64).bfloat16(), first, last)
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
-def test_compiles_for(target: str) -> None:
-    launches = aot.recorded(_launch)
-    names = {"_fwd_kernel", "_bwd_kernel", "_rows_kernel", "_partials_kernel", "_carry_kernel"}
-    assert {launch.name for launch in launches} == names
-    for launch in launches:
-        assert launch.name in aot.compiled(launch, target)
+def test_compiles_for_every_target() -> None:
+    aot.assert_every_kernel_compiles("onepass.ops.cross_entropy.triton", aot.recorded(_launch))

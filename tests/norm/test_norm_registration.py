@@ -22,24 +22,24 @@ def _fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-def tensors(generator: torch.Generator, rows: int = 7, grad: bool = False) -> list[Tensor]:
+def tensors(generator: torch.Generator, device: str, rows: int = 7, grad: bool = False) -> list[Tensor]:
     """x, weight, bias, residual."""
     shapes = ((2, rows, 20), (20,), (20,), (2, rows, 20))
-    return [torch.randn(shape, generator=generator).requires_grad_(grad) for shape in shapes]
+    return [torch.randn(shape, generator=generator).to(device).requires_grad_(grad) for shape in shapes]
 
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("center", [False, True])
-def test_opcheck_forward(backend: str, center: bool, grad: bool, generator: torch.Generator) -> None:
-    x, weight, bias, residual = tensors(generator, grad=grad)
+def test_opcheck_forward(backend: str, device: str, center: bool, grad: bool, generator: torch.Generator) -> None:
+    x, weight, bias, residual = tensors(generator, device, grad=grad)
     for args in ((x, weight, bias, residual), (x, None, None, None), (x, weight, None, None)):
         torch.library.opcheck(_OPS.norm_fwd.default, (*args, 1e-5, 0.0, center, backend))
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_opcheck_backward(backend: str, grad: bool, generator: torch.Generator) -> None:
-    x, weight, bias, _ = tensors(generator)
-    dy = torch.randn(x.shape, generator=generator)
+def test_opcheck_backward(backend: str, device: str, grad: bool, generator: torch.Generator) -> None:
+    x, weight, bias, _ = tensors(generator, device)
+    dy = torch.randn(x.shape, generator=generator).to(device)
     _, _, mean, rstd = _OPS.norm_fwd(x, weight, bias, None, 1e-5, 0.0, True, backend)
     tests = {"test_utils": ["test_schema", "test_faketensor"]} if grad else {}  # its own gradient raises, as it should
     for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
@@ -47,7 +47,7 @@ def test_opcheck_backward(backend: str, grad: bool, generator: torch.Generator) 
         torch.library.opcheck(_OPS.norm_bwd.default, args, **tests)
 
 
-def test_compiles_with_at_most_two_graphs(backend: str, generator: torch.Generator) -> None:
+def test_compiles_with_at_most_two_graphs(backend: str, device: str, generator: torch.Generator) -> None:
     """Forward and backward, whole graphs, lengths that change; the same numbers as eager."""
 
     def step(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,10 +57,10 @@ def test_compiles_with_at_most_two_graphs(backend: str, generator: torch.Generat
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     for rows in (7, 20, 2):
-        inputs = tensors(generator, rows, grad=True)
+        inputs = tensors(generator, device, rows, grad=True)
         with onepass.use_backend(backend):
             ours, eager = compiled(*inputs), step(*inputs)
-        douts = [torch.randn(x.shape, generator=generator) for x in eager]
+        douts = [torch.randn(x.shape, generator=generator).to(device) for x in eager]
         for a, b in zip(ours, eager, strict=True):
             torch.testing.assert_close(a, b)
         for a, b in zip(
@@ -70,13 +70,13 @@ def test_compiles_with_at_most_two_graphs(backend: str, generator: torch.Generat
     assert counter.frame_count <= 2
 
 
-def test_modules_compile(backend: str, generator: torch.Generator) -> None:
-    model = torch.nn.Sequential(nn.RMSNorm(20, backend=backend), nn.LayerNorm((4, 5), backend=backend))
+def test_modules_compile(backend: str, device: str, generator: torch.Generator) -> None:
+    model = torch.nn.Sequential(nn.RMSNorm(20, backend=backend), nn.LayerNorm((4, 5), backend=backend)).to(device)
     model[1].register_forward_pre_hook(lambda module, args: args[0].unflatten(-1, (4, 5)))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for rows in (7, 20, 2):
-        x = torch.randn(2, rows, 20, generator=generator)
+        x = torch.randn(2, rows, 20, generator=generator).to(device)
         torch.testing.assert_close(compiled(x), model(x))
     assert counter.frame_count <= 2
 
@@ -91,10 +91,10 @@ def test_fake_tensors() -> None:
             onepass.rms_norm(x, torch.empty(15))
 
 
-def test_second_derivatives_and_transforms_raise(backend: str, generator: torch.Generator) -> None:
-    x, weight, _, _ = tensors(generator, grad=True)
+def test_second_derivatives_and_transforms_raise(backend: str, device: str, generator: torch.Generator) -> None:
+    x, weight, _, _ = tensors(generator, device, grad=True)
     y = onepass.rms_norm(x, weight, backend=backend)
-    (dx,) = torch.autograd.grad(y, x, torch.randn(y.shape, generator=generator), create_graph=True)
+    (dx,) = torch.autograd.grad(y, x, torch.randn(y.shape, generator=generator).to(device), create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         dx.square().sum().backward()
     plain = x.detach()
@@ -106,9 +106,9 @@ def test_second_derivatives_and_transforms_raise(backend: str, generator: torch.
         onepass.rms_norm(forward_ad.make_dual(plain, torch.ones_like(plain)), backend=backend)
 
 
-def test_autocast_is_that_of_layer_norm(backend: str, generator: torch.Generator) -> None:
-    x, weight, bias, _ = tensors(generator)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast_is_that_of_layer_norm(backend: str, device: str, generator: torch.Generator) -> None:
+    x, weight, bias, _ = tensors(generator, device)
+    with torch.autocast(device, dtype=torch.bfloat16):
         twin = torch.nn.functional.layer_norm(x.half(), (20,), weight, bias)
         ours = onepass.layer_norm(x.half(), weight, bias, backend=backend)
     assert ours.dtype is twin.dtype
@@ -116,7 +116,7 @@ def test_autocast_is_that_of_layer_norm(backend: str, generator: torch.Generator
 
 
 def test_plain_calls_skip_the_dispatcher(
-    backend: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    backend: str, device: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
     op = registration.forward
@@ -126,14 +126,14 @@ def test_plain_calls_skip_the_dispatcher(
         return op(*args)
 
     monkeypatch.setattr(registration, "forward", watched)
-    x, weight, bias, _ = tensors(generator)
+    x, weight, bias, _ = tensors(generator, device)
     expected = onepass.layer_norm(x, weight, bias, backend=backend)
     assert not calls
     assert torch.equal(onepass.layer_norm(x.requires_grad_(), weight, bias, backend=backend), expected)
     assert calls
 
 
-def test_use_backend_travels_into_backward(fused: str, generator: torch.Generator) -> None:
+def test_use_backend_travels_into_backward(fused: str, device: str, generator: torch.Generator) -> None:
     used: list[str] = []
 
     def spy(launcher: Any) -> Any:
@@ -143,7 +143,7 @@ def test_use_backend_travels_into_backward(fused: str, generator: torch.Generato
 
         return run
 
-    x, weight, _, _ = tensors(generator, grad=True)
+    x, weight, _, _ = tensors(generator, device, grad=True)
     with faults.replaced(kernels.BACKWARD, "reference", spy):
         with onepass.use_backend("reference"):
             y = onepass.rms_norm(x, weight)

@@ -22,20 +22,23 @@ def _fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-def qk(generator: torch.Generator, seqlen: int = 7, grad: bool = False) -> list[Tensor]:
-    return [torch.randn(2, seqlen, heads, 12, generator=generator).requires_grad_(grad) for heads in (4, 2)]
+def qk(generator: torch.Generator, device: str, seqlen: int = 7, grad: bool = False) -> list[Tensor]:
+    return [torch.randn(2, seqlen, heads, 12, generator=generator).to(device).requires_grad_(grad) for heads in (4, 2)]
 
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("inverse", [False, True])
-def test_opcheck(backend: str, grad: bool, inverse: bool, generator: torch.Generator) -> None:
-    ids = torch.randint(0, 30, (2, 7), generator=generator)
-    for table, position_ids in ((onepass.rope_table(8, 7), None), (onepass.rope_table(8, 30), ids)):
-        args = (*qk(generator, grad=grad), *table, position_ids, inverse, inverse, backend)
+def test_opcheck(backend: str, device: str, grad: bool, inverse: bool, generator: torch.Generator) -> None:
+    ids = torch.randint(0, 30, (2, 7), generator=generator).to(device)
+    for table, position_ids in (
+        (onepass.rope_table(8, 7, device=device), None),
+        (onepass.rope_table(8, 30, device=device), ids),
+    ):
+        args = (*qk(generator, device, grad=grad), *table, position_ids, inverse, inverse, backend)
         torch.library.opcheck(_OPS.rope.default, args)
 
 
-def test_compiles_with_at_most_two_graphs(backend: str, generator: torch.Generator) -> None:
+def test_compiles_with_at_most_two_graphs(backend: str, device: str, generator: torch.Generator) -> None:
     """Forward and backward, whole graphs, lengths that change; the same numbers as eager."""
 
     def step(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,10 +47,10 @@ def test_compiles_with_at_most_two_graphs(backend: str, generator: torch.Generat
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     for seqlen in (7, 20, 2):
-        inputs, table = qk(generator, seqlen, grad=True), onepass.rope_table(8, seqlen)
+        inputs, table = qk(generator, device, seqlen, grad=True), onepass.rope_table(8, seqlen, device=device)
         with onepass.use_backend(backend):
             ours, eager = compiled(*inputs, *table), step(*inputs, *table)
-        douts = [torch.randn(x.shape, generator=generator) for x in eager]
+        douts = [torch.randn(x.shape, generator=generator).to(device) for x in eager]
         for a, b in zip(ours, eager, strict=True):
             torch.testing.assert_close(a, b)
         for a, b in zip(
@@ -57,16 +60,16 @@ def test_compiles_with_at_most_two_graphs(backend: str, generator: torch.Generat
     assert counter.frame_count <= 2
 
 
-def test_module_compiles(backend: str, generator: torch.Generator) -> None:
-    module = nn.RotaryEmbedding(8, 40, scaling=onepass.RopeScaling(), backend=backend)
+def test_module_compiles(backend: str, device: str, generator: torch.Generator) -> None:
+    module = nn.RotaryEmbedding(8, 40, scaling=onepass.RopeScaling(), backend=backend).to(device)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     for seqlen in (7, 20, 2):
-        for a, b in zip(compiled(*qk(generator, seqlen)), module(*qk(generator, seqlen)), strict=True):
+        for a, b in zip(compiled(*qk(generator, device, seqlen)), module(*qk(generator, device, seqlen)), strict=True):
             assert a.shape == b.shape
     assert counter.frame_count <= 2
-    q, k = qk(generator)
-    ids = torch.randint(0, 40, (2, 7), generator=generator)
+    q, k = qk(generator, device)
+    ids = torch.randint(0, 40, (2, 7), generator=generator).to(device)
     for position_ids in (ids, ids + 0.5):
         for a, b in zip(
             compiled(q, k, position_ids=position_ids), module(q, k, position_ids=position_ids), strict=True
@@ -87,9 +90,9 @@ def test_fake_tensors() -> None:
             onepass.rope(q, q, cos[:3], cos[:3])
 
 
-def test_transforms_raise(backend: str, generator: torch.Generator) -> None:
-    q, k = qk(generator)
-    cos, sin = onepass.rope_table(8, 7)
+def test_transforms_raise(backend: str, device: str, generator: torch.Generator) -> None:
+    q, k = qk(generator, device)
+    cos, sin = onepass.rope_table(8, 7, device=device)
 
     def first(q: Tensor) -> Tensor:
         return onepass.rope(q, k, cos, sin, backend=backend)[0]
@@ -102,17 +105,17 @@ def test_transforms_raise(backend: str, generator: torch.Generator) -> None:
         first(forward_ad.make_dual(q, torch.ones_like(q)))
 
 
-def test_autocast_keeps_the_dtype(backend: str, generator: torch.Generator) -> None:
-    q, k = qk(generator)
-    table = onepass.rope_table(8, 7)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast_keeps_the_dtype(backend: str, device: str, generator: torch.Generator) -> None:
+    q, k = qk(generator, device)
+    table = onepass.rope_table(8, 7, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
         for dtype in (torch.float32, torch.float16):
             out = onepass.rope(q.to(dtype), k.to(dtype), *table, backend=backend)
             assert out[0].dtype is out[1].dtype is dtype
 
 
 def test_plain_calls_skip_the_dispatcher(
-    backend: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    backend: str, device: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
     op = registration.forward
@@ -121,9 +124,9 @@ def test_plain_calls_skip_the_dispatcher(
         calls.append("dispatcher")
         return op(*args)
 
-    monkeypatch.setattr(registration, "forward", watched)
-    q, k = qk(generator)
-    table = onepass.rope_table(8, 7)
+    monkeypatch.setattr(registration.rotated, "_dispatched", watched)
+    q, k = qk(generator, device)
+    table = onepass.rope_table(8, 7, device=device)
     expected = onepass.rope(q, k, *table, backend=backend)
     assert not calls
     ours = onepass.rope(q.requires_grad_(), k, *table, backend=backend)
@@ -131,7 +134,7 @@ def test_plain_calls_skip_the_dispatcher(
     assert calls
 
 
-def test_use_backend_travels_into_backward(fused: str, generator: torch.Generator) -> None:
+def test_use_backend_travels_into_backward(fused: str, device: str, generator: torch.Generator) -> None:
     used: list[bool] = []
 
     def spy(launcher: Any) -> Any:
@@ -141,11 +144,11 @@ def test_use_backend_travels_into_backward(fused: str, generator: torch.Generato
 
         return run
 
-    table = onepass.rope_table(8, 7)
+    table = onepass.rope_table(8, 7, device=device)
     with faults.replaced(kernels.FORWARD, "reference", spy):
         with onepass.use_backend("reference"):
-            out = onepass.rope(*qk(generator, grad=True), *table)
+            out = onepass.rope(*qk(generator, device, grad=True), *table)
         out[0].sum().backward()
         assert used == [False, True]
-        onepass.rope(*qk(generator, grad=True), *table, backend=fused)[1].sum().backward()
+        onepass.rope(*qk(generator, device, grad=True), *table, backend=fused)[1].sum().backward()
     assert used == [False, True]

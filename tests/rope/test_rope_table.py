@@ -114,19 +114,19 @@ def test_bad_input(options: dict[str, Any], error: type[Exception], message: str
         onepass.rope_table(**options)
 
 
-def test_module_is_the_function(backend: str, generator: torch.Generator) -> None:
-    q, k = (torch.randn(2, 5, heads, 16, generator=generator) for heads in (4, 2))
+def test_module_is_the_function(backend: str, device: str, generator: torch.Generator) -> None:
+    q, k = (torch.randn(2, 5, heads, 16, generator=generator).to(device) for heads in (4, 2))
     options: dict[str, Any] = {"base": 500.0, "scaling": onepass.RopeScaling(original_max_position_embeddings=64)}
-    cos, sin = onepass.rope_table(12, 20, **options)
-    ids = torch.randint(0, 20, (2, 5), generator=generator)
-    floats = torch.rand(2, 5, generator=generator) * 20
+    cos, sin = onepass.rope_table(12, 20, **options, device=device)
+    ids = torch.randint(0, 20, (2, 5), generator=generator).to(device)
+    floats = torch.rand(2, 5, generator=generator).to(device) * 20
     for max_seqlen in (20, None):
-        module = nn.RotaryEmbedding(12, max_seqlen, interleaved=True, backend=backend, **options)
+        module = nn.RotaryEmbedding(12, max_seqlen, interleaved=True, backend=backend, **options).to(device)
         given: list[tuple[dict[str, Any], tuple[torch.Tensor, torch.Tensor]]] = [
             ({}, (cos[:5], sin[:5])),
             ({"start": 15}, (cos[15:], sin[15:])),
             ({"position_ids": ids}, (cos[ids], sin[ids])),
-            ({"position_ids": floats}, onepass.rope_table(12, position_ids=floats, **options)),
+            ({"position_ids": floats}, onepass.rope_table(12, position_ids=floats, **options, device=device)),
         ]
         for arguments, table in given:
             expected = onepass.rope(q, k, *table, interleaved=True, backend=backend)
@@ -137,7 +137,7 @@ def test_module_is_the_function(backend: str, generator: torch.Generator) -> Non
         assert "12, max_seqlen=" in repr(module)
 
 
-def test_module_keeps_its_table(backend: str) -> None:
+def test_module_keeps_its_table(backend: str, device: str) -> None:
     module = nn.RotaryEmbedding(8, 6, backend=backend)
     cos = module.cos.clone()
     for convert in (lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double(), lambda m: m.to("cpu")):

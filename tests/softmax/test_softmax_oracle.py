@@ -1,29 +1,32 @@
-"""Every case of inputs.py on every backend against the reference in fp64, and the reference against PyTorch."""
+"""Every case of inputs.py against the reference in fp64, every pair of backends, and the reference against PyTorch."""
 
 import pytest
 import torch
 
 import onepass
-from onepass.core import env
+from onepass.ops.softmax import kernels
 from onepass.ops.softmax.inputs import CASES
-from onepass.testing import numerics
+from onepass.testing import conformance, numerics
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_within_budget(case: numerics.Case, fused: str, device: str, dtype: torch.dtype, seed: int) -> None:
-    if fused == "triton" and dtype is torch.bfloat16 and env.triton_interpreted():
-        pytest.skip("Triton's interpreter rounds bfloat16 wrongly")
-    inputs = case.inputs(dtype, device, torch.Generator().manual_seed(seed))
-    guards = {name: numerics.guarded(x) for name, x in inputs.items()}
-    with numerics.nan_filled_memory():
-        comparisons = numerics.compare_inputs(case, {name: guard.tensor for name, guard in guards.items()}, fused)
-    numerics.assert_within_budget(comparisons, case=case, dtype=dtype, backend=fused, seed=seed)
-    assert all(guard.intact() for guard in guards.values()), "an input or memory beside it was written to"
+    conformance.within_budget(case, fused, device, dtype, seed)
 
 
-def test_every_case_reaches_every_backend(fused: str, device: str, generator: torch.Generator) -> None:
-    for case in CASES:
-        assert fused in case.backends(case.inputs(torch.float32, device, generator))
+def test_cases_reach_every_backend(fused: str, device: str, generator: torch.Generator) -> None:
+    conformance.reaches_backend(CASES, fused, device, generator)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_same_bits_twice(case: numerics.Case, fused: str, device: str, generator: torch.Generator) -> None:
+    conformance.same_bits_twice(case, fused, device, generator)
+
+
+def test_every_backward_follows_every_forward(
+    backend: str, other: str, device: str, generator: torch.Generator
+) -> None:
+    conformance.backward_follows_forward(CASES[:6], kernels.BACKWARD, (backend, other), device, generator)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -21,27 +21,29 @@ def _fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-def gate_and_up(generator: torch.Generator, rows: int = 7, columns: int = 20, grad: bool = False) -> list[Tensor]:
-    return [torch.randn(2, rows, columns, generator=generator).requires_grad_(grad) for _ in range(2)]
+def gate_and_up(
+    generator: torch.Generator, device: str, rows: int = 7, columns: int = 20, grad: bool = False
+) -> list[Tensor]:
+    return [torch.randn(2, rows, columns, generator=generator).to(device).requires_grad_(grad) for _ in range(2)]
 
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
-def test_opcheck_forward(backend: str, activation: str, grad: bool, generator: torch.Generator) -> None:
-    torch.library.opcheck(_OPS.swiglu_fwd.default, (*gate_and_up(generator, grad=grad), activation, backend))
+def test_opcheck_forward(backend: str, device: str, activation: str, grad: bool, generator: torch.Generator) -> None:
+    torch.library.opcheck(_OPS.swiglu_fwd.default, (*gate_and_up(generator, device, grad=grad), activation, backend))
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_opcheck_backward(backend: str, grad: bool, generator: torch.Generator) -> None:
-    gate, up = gate_and_up(generator)
-    dout = torch.randn(gate.shape, generator=generator)
+def test_opcheck_backward(backend: str, device: str, grad: bool, generator: torch.Generator) -> None:
+    gate, up = gate_and_up(generator, device)
+    dout = torch.randn(gate.shape, generator=generator).to(device)
     tests = {"test_utils": ["test_schema", "test_faketensor"]} if grad else {}  # its own gradient raises, as it should
     for needs in ((True, True), (True, False), (False, True)):
         args = (dout, gate.requires_grad_(grad), up, "silu", *needs, backend)
         torch.library.opcheck(_OPS.swiglu_bwd.default, args, **tests)
 
 
-def test_compiles_with_at_most_two_graphs(backend: str, generator: torch.Generator) -> None:
+def test_compiles_with_at_most_two_graphs(backend: str, device: str, generator: torch.Generator) -> None:
     """Forward and backward, whole graphs, lengths that change; the same numbers as eager."""
 
     def step(gate: Tensor, up: Tensor) -> Tensor:
@@ -50,11 +52,11 @@ def test_compiles_with_at_most_two_graphs(backend: str, generator: torch.Generat
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     for rows, columns in ((7, 20), (8, 33), (2, 2)):
-        inputs = gate_and_up(generator, rows, columns, grad=True)
+        inputs = gate_and_up(generator, device, rows, columns, grad=True)
         with onepass.use_backend(backend):
             ours, eager = compiled(*inputs), step(*inputs)
         torch.testing.assert_close(ours, eager)
-        dout = torch.randn(eager.shape, generator=generator)
+        dout = torch.randn(eager.shape, generator=generator).to(device)
         for a, b in zip(torch.autograd.grad(ours, inputs, dout), torch.autograd.grad(eager, inputs, dout), strict=True):
             torch.testing.assert_close(a, b)
     assert counter.frame_count <= 2
@@ -69,10 +71,10 @@ def test_fake_tensors() -> None:
             onepass.swiglu(gate, gate[:1])
 
 
-def test_second_derivatives_and_transforms_raise(backend: str, generator: torch.Generator) -> None:
-    gate, up = gate_and_up(generator, grad=True)
+def test_second_derivatives_and_transforms_raise(backend: str, device: str, generator: torch.Generator) -> None:
+    gate, up = gate_and_up(generator, device, grad=True)
     out = onepass.swiglu(gate, up, backend=backend)
-    (dgate,) = torch.autograd.grad(out, gate, torch.randn(out.shape, generator=generator), create_graph=True)
+    (dgate,) = torch.autograd.grad(out, gate, torch.randn(out.shape, generator=generator).to(device), create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         dgate.square().sum().backward()
     with pytest.raises(NotImplementedError, match=r"torch\.vmap over onepass\.swiglu"):
@@ -83,17 +85,17 @@ def test_second_derivatives_and_transforms_raise(backend: str, generator: torch.
         onepass.swiglu(forward_ad.make_dual(gate.detach(), torch.ones_like(gate)), up.detach(), backend=backend)
 
 
-def test_autocast_keeps_the_dtype(backend: str, generator: torch.Generator) -> None:
+def test_autocast_keeps_the_dtype(backend: str, device: str, generator: torch.Generator) -> None:
     """As torch.nn.functional.silu, which no autocast touches."""
-    gate, up = gate_and_up(generator)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    gate, up = gate_and_up(generator, device)
+    with torch.autocast(device, dtype=torch.bfloat16):
         assert torch.equal(onepass.swiglu(gate, up, backend=backend), onepass.swiglu(gate, up, backend=backend))
         assert onepass.swiglu(gate, up, backend=backend).dtype is torch.nn.functional.silu(gate).dtype
         assert onepass.swiglu(gate.half(), up.half(), backend=backend).dtype is torch.float16
 
 
 def test_plain_calls_skip_the_dispatcher(
-    backend: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    backend: str, device: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
     op = registration.forward
@@ -102,15 +104,15 @@ def test_plain_calls_skip_the_dispatcher(
         calls.append("dispatcher")
         return op(*args)
 
-    monkeypatch.setattr(registration, "forward", watched)
-    gate, up = gate_and_up(generator)
+    monkeypatch.setattr(registration.gated, "_dispatched", watched)
+    gate, up = gate_and_up(generator, device)
     expected = onepass.swiglu(gate, up, backend=backend)
     assert not calls
     assert torch.equal(onepass.swiglu(gate.requires_grad_(), up, backend=backend), expected)
     assert calls
 
 
-def test_use_backend_travels_into_backward(fused: str, generator: torch.Generator) -> None:
+def test_use_backend_travels_into_backward(fused: str, device: str, generator: torch.Generator) -> None:
     used: list[str] = []
 
     def spy(launcher: Any) -> Any:
@@ -120,7 +122,7 @@ def test_use_backend_travels_into_backward(fused: str, generator: torch.Generato
 
         return run
 
-    gate, up = gate_and_up(generator, grad=True)
+    gate, up = gate_and_up(generator, device, grad=True)
     with faults.replaced(kernels.BACKWARD, "reference", spy):
         with onepass.use_backend("reference"):
             out = onepass.swiglu(gate, up)

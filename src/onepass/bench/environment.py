@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import re
@@ -15,6 +16,18 @@ import onepass
 from onepass.core import cpu_library
 
 CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+PEERS = ("triton", "liger-kernel", "quack-kernels", "flash-attn-4")  # whose versions a result on a GPU carries
+# What nvidia-smi is asked, and the names under which a result holds it.
+GPU_QUERY = {
+    "driver_version": "driver",
+    "clocks.sm": "sm_mhz",
+    "clocks.max.sm": "max_sm_mhz",
+    "clocks.mem": "memory_mhz",
+    "clocks.max.mem": "max_memory_mhz",
+    "power.draw": "watts",
+    "power.limit": "max_watts",
+    "temperature.gpu": "celsius",
+}
 
 
 def _first_line(path: Path) -> str:
@@ -35,10 +48,12 @@ def cpu_model() -> str:
     return info.get("model name") or info.get("CPU part") or platform.processor() or platform.machine()
 
 
-def device_slug() -> str:
-    """A folder name for results of this kind of machine: processor, cores, widest ISA, e.g. "amd-epyc-9654-2-cores-
-    avx512-bf16".
+def device_slug(device: str = "cpu") -> str:
+    """A folder name for results of this kind of device: the GPU's name, or processor, cores and widest ISA, e.g.
+    "nvidia-h200" or "amd-epyc-9654-2-cores-avx512-bf16".
     """
+    if device == "cuda":
+        return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     info = _cpuinfo()
     # Cloud machines often hide the model's number; family and model of the processor tell the generation.
     numbers = f"family {info['cpu family']} model {info['model']}" if {"cpu family", "model"} <= info.keys() else ""
@@ -65,6 +80,34 @@ def clocks() -> dict[str, float | str]:
     return found
 
 
+def gpu_clocks() -> dict[str, float | str]:
+    """What nvidia-smi tells of the current GPU now: driver, clocks in MHz, power, temperature; empty without it."""
+    if torch.version.hip is not None:
+        return {}
+    index = torch.cuda.current_device()
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", "")
+    for number in (f"GPU-{uuid}", str(index)):  # the number alone is right where no GPU is hidden
+        query = ["nvidia-smi", f"--id={number}", f"--query-gpu={','.join(GPU_QUERY)}", "--format=csv,noheader,nounits"]
+        try:
+            done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return {}
+        if done.returncode == 0:
+            return parse_gpu_clocks(done.stdout)
+    return {}
+
+
+def parse_gpu_clocks(line: str) -> dict[str, float | str]:
+    """One line of nvidia-smi's CSV, by our names; numbers where they are numbers."""
+    found: dict[str, float | str] = {}
+    for name, text in zip(GPU_QUERY.values(), line.strip().split(", "), strict=False):
+        try:
+            found[name] = text if name == "driver" else float(text)
+        except ValueError:  # "[N/A]"
+            found[name] = text
+    return found
+
+
 def _git(folder: Path, *args: str) -> str:
     try:
         done = subprocess.run(
@@ -85,22 +128,48 @@ def commit() -> str:
     return f"{name}-dirty" if name and changed else name
 
 
-def facts(num_threads: int) -> dict[str, object]:
-    """Everything a reader needs to judge a figure measured now."""
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def facts(num_threads: int, device: str = "cpu") -> dict[str, object]:
+    """Everything a reader needs to judge a figure measured now on "cpu" or "cuda"."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": device_slug(),
+        "device": device_slug(device),
         "cpu": cpu_model(),
         "cores": core_count(),
         "threads": num_threads,
-        "isa": cpu_library.isa(),
-        "isas": list(cpu_library.isas()),
-        "clocks": clocks(),
+        **(_gpu_facts() if device == "cuda" else _cpu_facts()),
         "load_average": float(_first_line(Path("/proc/loadavg")).split(" ")[0] or "nan"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "onepass": onepass.__version__,
         "commit": commit(),
+    }
+
+
+def _cpu_facts() -> dict[str, object]:
+    return {
+        "isa": cpu_library.isa(),
+        "isas": list(cpu_library.isas()),
+        "clocks": clocks(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _gpu_facts() -> dict[str, object]:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": properties.name,
+        "gpu_memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda or torch.version.hip,
+        "clocks": gpu_clocks(),
+        "versions": {package: version for package in PEERS if (version := _version(package))},
     }

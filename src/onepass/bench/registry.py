@@ -21,13 +21,17 @@ class Prepared:
 
     providers: name -> a call without arguments that is timed. The first is ours, the others are peers.
     errors:    runs every provider once and returns its worst error against fp64 in units of the error budget (1 = the
-               budget).
+               budget). A peer that is not in it is not timed; `absent` then says why.
     grad:      autograd records while it runs.
+    absent:    peer -> why it is left out: it is not installed, or it failed.
+    resets:    provider -> a call that restores what the provider overwrites; it goes before each timed call, untimed.
     """
 
     providers: Mapping[str, Callable[[], object]]
     errors: Callable[[], Mapping[str, float]]
     grad: bool = False
+    absent: dict[str, str] = field(default_factory=dict)
+    resets: Mapping[str, Callable[[], object]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,9 @@ class Case:
     flops, min_bytes: of one call, counting only what must be done (no masked products; each input and output once);
                       0 = not counted.
     items:            what one call makes (tokens, say), for rates; 0 = not counted.
-    bars:             what is to be reached: "ratio" to the best peer (at least), "percent_of_peak" (at least),
-                      "seconds" (at most), "error_to_sdpa", our error over sdpa's (at most).
-    memory:           also measure the peak memory of each provider beyond inputs and outputs.
+    bars:             what is to be reached, by the names in `report.BARS`.
+    memory:           also measure the peak memory of each provider: on the CPU beyond inputs and outputs, on a GPU
+                      beyond the inputs.
     quick:            part of a quick run.
     """
 
@@ -62,6 +66,8 @@ class Group:
     mean_bar:      what the geometric mean of the ratios is to reach; 0 = nothing.
     last_rate_bar: the share of the first case's items per second that the last case is to keep; 0 = nothing.
     settings:      environment variables the group needs; it then runs in a process of its own.
+    device:        "cpu" or "cuda", where it runs.
+    host:          on a GPU: time what a call costs the host, not the device.
     unit:          how a time is shown: "ms" or "us".
     axis:          the parameter along which cases are drawn as a curve; empty = as bars.
     """
@@ -74,14 +80,20 @@ class Group:
     settings: Mapping[str, str] = field(default_factory=dict)
     unit: str = "ms"
     axis: str = ""
+    device: str = "cpu"
+    host: bool = False
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All groups of one operation or model."""
+    """All groups of one operation or model, those of every device."""
 
     name: str
     groups: tuple[Group, ...]
+
+    def on(self, device: str) -> tuple[Group, ...]:
+        """The groups that run on "cpu" or "cuda"."""
+        return tuple(group for group in self.groups if group.device == device)
 
     def group(self, name: str) -> Group:
         """The group of that name; ValueError names those there are."""

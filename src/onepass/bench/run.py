@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import gc
 import json
 import math
 import statistics
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from onepass.bench import environment, registry, timing
+from onepass.bench import bandwidth, environment, registry, timing
 from onepass.bench.peak import fma_peak
 from onepass.core.files import replace_file
 from onepass.testing.memory import peak_bytes
@@ -56,8 +57,19 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "low": low, "high": high}
 
 
-def summarise(case: registry.Case, samples: Mapping[str, timing.Samples], peaks: Sequence[float]) -> dict[str, Any]:
-    """What follows from the samples: times, the best peer, the ratio to it, GFLOP/s, percent of peak.
+def counts_bytes(case: registry.Case) -> bool:
+    """Whether a case is bound by memory: its bytes count, since it has no flops that do."""
+    return bool(case.min_bytes) and not case.flops
+
+
+def summarise(
+    case: registry.Case,
+    samples: Mapping[str, timing.Samples],
+    peaks: Sequence[float] = (),
+    roofline: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """What follows from the samples: times, the best peer, the ratio to it; GFLOP/s and percent of the measured peak,
+    or GB/s and percent of the measured bandwidth of copies.
 
     A ratio is taken within each repeat, so that both sides saw the same machine; the best peer is the one with the
     lowest median.
@@ -76,22 +88,34 @@ def summarise(case: registry.Case, samples: Mapping[str, timing.Samples], peaks:
         }
     if case.flops:
         found["gflops"] = {name: 1e-9 * case.flops / time["median"] for name, time in times.items()}
+    if case.flops and peaks:
         found["peak_gflops"] = statistics.median(peaks)
         found["percent_of_peak"] = {name: 100.0 * rate / found["peak_gflops"] for name, rate in found["gflops"].items()}
+    if counts_bytes(case):
+        found["gbps"] = {name: 1e-9 * case.min_bytes / time["median"] for name, time in times.items()}
+    if counts_bytes(case) and roofline:
+        found["percent_of_bandwidth"] = {name: 100.0 * rate / roofline["copy"] for name, rate in found["gbps"].items()}
     if case.items:
         found["items_per_second"] = {name: case.items / time["median"] for name, time in times.items()}
     return found
 
 
-def check_numerics(group: str, case: registry.Case, errors: Mapping[str, float]) -> None:
-    """Raise NumericsError when ours is outside its budget or a peer computes something else."""
-    ours = next(iter(errors))
-    for name, error in errors.items():
+def check_numerics(group: str, case: registry.Case, prepared: registry.Prepared) -> dict[str, float]:
+    """The errors of those whose numbers are right. Raises NumericsError when ours is outside its budget; a peer that
+    computes something else is left out, and `prepared.absent` says so.
+    """
+    ours = next(iter(prepared.providers))
+    kept = {}
+    for name, error in prepared.errors().items():
         limit = 1.0 if name == ours else PEER_ERROR_LIMIT
-        if not error <= limit:
-            raise NumericsError(
-                f"{group}, {case.name}: {name} is {error:.3g} error budgets from fp64, not {limit:g}; it was not timed"
-            )
+        wrong = f"{error:.3g} error budgets from fp64, not {limit:g}"
+        if error <= limit:
+            kept[name] = error
+        elif name == ours:
+            raise NumericsError(f"{group}, {case.name}: {name} is {wrong}; it was not timed")
+        else:
+            prepared.absent[name] = f"its numbers are wrong: {wrong}"
+    return kept
 
 
 def extra_memory(call: Callable[[], object]) -> int:
@@ -103,25 +127,42 @@ def extra_memory(call: Callable[[], object]) -> int:
     return max(0, peak_bytes(call) - output_bytes)
 
 
-def run_case(group: str, case: registry.Case, settings: Settings) -> dict[str, Any]:
+def run_case(
+    group: registry.Group, case: registry.Case, settings: Settings, roofline: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """Check and measure one case."""
     torch.manual_seed(settings.seed)
     prepared = case.prepare()
     with torch.set_grad_enabled(prepared.grad):
-        return _run_prepared(group, case, prepared, settings)
+        return _run_prepared(group, case, prepared, settings, roofline)
 
 
-def _run_prepared(group: str, case: registry.Case, prepared: registry.Prepared, settings: Settings) -> dict[str, Any]:
-    errors = dict(prepared.errors())
-    check_numerics(group, case, errors)
+def clock(group: registry.Group, settings: Settings) -> timing.Clock:
+    """How the group's calls are timed."""
+    if group.device == "cpu":
+        return timing.WallClock(settings.sample_seconds)
+    return timing.HostClock(settings.sample_seconds) if group.host else timing.DeviceClock(settings.sample_seconds / 8)
+
+
+def _run_prepared(
+    group: registry.Group,
+    case: registry.Case,
+    prepared: registry.Prepared,
+    settings: Settings,
+    roofline: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    errors = check_numerics(group.name, case, prepared)
+    providers = {name: call for name, call in prepared.providers.items() if name in errors}
     dtype: torch.dtype = getattr(torch, case.dtype)
     peaks: list[float] = []
 
     def measure_peak() -> None:
-        if case.flops:
+        if case.flops and group.device == "cpu":
             peaks.append(fma_peak(dtype, settings.num_threads, PEAK_SECONDS))
 
-    samples = timing.interleaved(prepared.providers, settings.repeats, settings.sample_seconds, between=measure_peak)
+    samples = timing.interleaved(
+        providers, settings.repeats, clock(group, settings), between=measure_peak, resets=prepared.resets
+    )
     row: dict[str, Any] = {
         "name": case.name,
         "params": dict(case.params),
@@ -131,29 +172,43 @@ def _run_prepared(group: str, case: registry.Case, prepared: registry.Prepared, 
         "items": case.items,
         "bars": dict(case.bars),
         "error_in_budgets": errors,
-        "summary": summarise(case, samples, peaks),
+        "absent": dict(prepared.absent),
+        "summary": summarise(case, samples, peaks, roofline),
         "samples": {name: dataclasses.asdict(sample) for name, sample in samples.items()},
     }
-    if case.memory:
-        row["memory_bytes"] = {name: extra_memory(call) for name, call in prepared.providers.items()}
+    if case.memory and group.device == "cpu":
+        row["memory_bytes"] = {name: extra_memory(call) for name, call in providers.items()}
+    elif case.memory:
+        row["peak_bytes"] = {name: peak_bytes(call, group.device) for name, call in providers.items()}
     return row
 
 
 def run_group(group: registry.Group, settings: Settings, progress: Callable[[str], None]) -> dict[str, Any]:
     """Measure one group in this process."""
     cases = [case for case in group.cases if case.quick or not settings.quick]
+    before = environment.facts(settings.num_threads, group.device)
+    roofline = None
+    if any(counts_bytes(case) for case in cases) and not group.host:
+        progress(f"{group.name}: how fast the memory is")
+        roofline = bandwidth.roofline(group.device, settings.num_threads)
     rows = []
     for number, case in enumerate(cases, 1):
         progress(f"{group.name} {number}/{len(cases)}: {case.name}")
-        rows.append(run_case(group.name, case, settings))
+        rows.append(run_case(group, case, settings, roofline))
+        if group.device == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+    after = environment.facts(settings.num_threads, group.device)
     return {
         "title": group.title,
+        "device": group.device,
         "unit": group.unit,
         "axis": group.axis,
         "mean_bar": group.mean_bar,
         "last_rate_bar": group.last_rate_bar,
         "settings": dataclasses.asdict(settings) | {"environment": dict(group.settings)},
-        "environment": environment.facts(settings.num_threads),
+        "environment": after | {"clocks_before": before["clocks"]},
+        "roofline": roofline,
         "geometric_mean": _geometric_mean(rows),
         "cases": rows,
     }
@@ -205,35 +260,51 @@ def run(
     out: Path,
     groups: Sequence[str] = (),
     progress: Callable[[str], None] = lambda text: None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """Measure the named groups (all of them when none is named) and return the whole result.
+    """Measure the named groups (all of the device's when none is named) and return the whole result.
 
     `out` is written after every group, whole or not at all; groups that are in it already and are not measured now
     stay.
-    Raises ValueError for an unknown group or an `out` that holds another benchmark's results.
+    Raises ValueError for an unknown group or an `out` that holds another benchmark's results. A group with wrong
+    numbers is not written; NumericsError is raised when the others are.
     """
-    chosen = [benchmark.group(name) for name in groups] or list(benchmark.groups)
+    chosen = [benchmark.group(name) for name in groups] or list(benchmark.on(device))
     result: dict[str, Any] = load(out) if out.exists() else {"benchmark": benchmark.name, "groups": {}}
     if result["benchmark"] != benchmark.name:
         raise ValueError(
             f"{out} holds results of {result['benchmark']!r}, not of {benchmark.name!r}; name another --out"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
+    absent = [group.name for group in chosen if group.device == "cuda" and not torch.cuda.is_available()]
+    if absent:
+        raise ValueError(f"there is no GPU here for {benchmark.name}: {', '.join(absent)}")
+    wrong: list[str] = []
     for group in chosen:
         if settings.quick and not any(case.quick for case in group.cases):
             continue
-        if group.settings:
-            progress(
-                f"{group.name}: in its own process with {', '.join(f'{k}={v}' for k, v in group.settings.items())}"
-            )
-            result["groups"][group.name] = _run_in_child(benchmark.name, group, settings, progress)
-        else:
-            with threads(settings.num_threads):
-                result["groups"][group.name] = run_group(group, settings, progress)
+        try:
+            result["groups"][group.name] = _run_anywhere(benchmark.name, group, settings, progress)
+        except NumericsError as error:
+            wrong.append(str(error))
+            continue
         order = [g.name for g in benchmark.groups if g.name in result["groups"]]
         result["groups"] = {name: result["groups"][name] for name in order}
         replace_file(out, (json.dumps(result, indent=1) + "\n").encode())
+    if wrong:
+        raise NumericsError("; ".join(wrong))
     return result
+
+
+def _run_anywhere(
+    benchmark: str, group: registry.Group, settings: Settings, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure one group in this process, or in one with the environment variables that it needs."""
+    if group.settings:
+        progress(f"{group.name}: in its own process with {', '.join(f'{k}={v}' for k, v in group.settings.items())}")
+        return _run_in_child(benchmark, group, settings, progress)
+    with threads(settings.num_threads):
+        return run_group(group, settings, progress)
 
 
 def only(result: Mapping[str, Any], groups: Sequence[str]) -> dict[str, Any]:

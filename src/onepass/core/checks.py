@@ -5,6 +5,7 @@ on the path of a plain, valid call.
 """
 
 import difflib
+import inspect
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -94,3 +95,13 @@ def unknown_argument(function: Any, name: str, hints: Mapping[str, str]) -> Type
         near = difflib.get_close_matches(name, known, n=1)
         advice = f"did you mean {near[0]}=?" if near else f"its options are {', '.join(known)}"
     return TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}: {advice}")
+
+
+def arguments_of(function: Any, hints: Mapping[str, str], *args: Any, **options: Any) -> dict[str, Any]:
+    """What the public `function` would be called with, its defaults filled in. TypeError for unknown arguments."""
+    bound = inspect.signature(function).bind(*args, **options)
+    bound.apply_defaults()
+    given = dict(bound.arguments)
+    if unknown := given.pop("unknown"):
+        raise unknown_argument(function, next(iter(unknown)), hints)
+    return given

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import env, torch_compat
+from . import env, launches, torch_compat
 
 _LIBRARY_NAME = "libonepass_cpu.so"
 _BAD_INDEX = 2  # csrc/abi.h
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/abi.h
 
 
 class CpuLibraryError(RuntimeError):
@@ -57,35 +59,36 @@ def _load_openmp() -> None:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises CpuLibraryError, which says why and what to do, when it cannot be used here."""
     path = _find_library()
     _load_openmp()
     try:
-        library = ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise CpuLibraryError(f"{path} cannot be loaded: {error}") from error
-    library.onepass_isa.restype = ctypes.c_char_p
-    library.onepass_compiled_isa.restype = ctypes.c_char_p
-    if not library.onepass_isa():
+    loaded.onepass_isa.restype = ctypes.c_char_p
+    loaded.onepass_compiled_isa.restype = ctypes.c_char_p
+    if not loaded.onepass_isa():
         raise CpuLibraryError("this x86-64 processor lacks SSE4.2 (x86-64-v2), the least that onepass is built for")
     wanted = env.cpu_isa()
-    if wanted is not None and not library.onepass_set_isa(wanted.encode()):
-        raise CpuLibraryError(f"ONEPASS_CPU_ISA={wanted!r}: this machine runs {', '.join(_isas(library))}")
-    return library
+    if wanted is not None and not loaded.onepass_set_isa(wanted.encode()):
+        raise CpuLibraryError(f"ONEPASS_CPU_ISA={wanted!r}: this machine runs {', '.join(_isas(loaded))}")
+    return loaded
 
 
-def _isas(library: ctypes.CDLL) -> list[str]:
+def _isas(loaded: ctypes.CDLL) -> list[str]:
     compiled: list[str] = []
-    while (name := library.onepass_compiled_isa(len(compiled))) is not None:
+    while (name := loaded.onepass_compiled_isa(len(compiled))) is not None:
         compiled.append(name.decode())
-    return [name for name in compiled if library.onepass_isa_supported(name.encode())]
+    return [name for name in compiled if loaded.onepass_isa_supported(name.encode())]
 
 
 @functools.cache
 def unavailable() -> str | None:
     """Why the C++ kernels cannot run here; None when they can."""
     try:
-        _library()
+        library()
     except CpuLibraryError as error:
         return str(error)
     return None
@@ -93,12 +96,12 @@ def unavailable() -> str | None:
 
 def isa() -> str:
     """The instruction set whose kernels run, such as "avx512_bf16"."""
-    return _library().onepass_isa().decode()
+    return library().onepass_isa().decode()
 
 
 def isas() -> list[str]:
     """The instruction sets that are compiled in and that this machine has, worst first."""
-    return _isas(_library())
+    return _isas(library())
 
 
 @functools.cache
@@ -108,16 +111,26 @@ def kernel(name: str) -> Callable[[bytes], None]:
     Raises MemoryError when the kernel could not allocate its workspace, IndexError when an index in a tensor points
     outside its array (the caller says which), and CpuLibraryError when there is no library.
     """
-    function = getattr(_library(), f"onepass_{name}")
+    function = getattr(library(), f"onepass_{name}")
     function.argtypes = (ctypes.c_char_p,)
+    address = ctypes.cast(function, ctypes.c_void_p).value or 0
 
     def call(arguments: bytes) -> None:
-        if status := function(arguments):
+        status = function(arguments)
+        if launches.watched:
+            launches.tell(_launch(address, arguments))
+        if status:
             if status == _BAD_INDEX:
                 raise IndexError(f"onepass: an index given to the C++ kernel {name} is out of range")
             raise MemoryError(f"onepass: the C++ kernel {name} could not allocate its workspace")
 
     return call
+
+
+def _launch(address: int, arguments: bytes) -> launches.Launch | None:
+    """A call of a kernel as those who watch want it: all fields of the argument structs have 8 bytes."""
+    count, rest = divmod(len(arguments), 8)
+    return None if rest else launches.Launch(address, struct.unpack(f"={count}q", arguments), None)
 
 
 # The fields of struct HostFunctions (csrc/torch_tensors.h): PyTorch's, then Python's.
@@ -128,6 +141,7 @@ _TORCH_FUNCTIONS = (
     "aoti_torch_get_strides",
     "aoti_torch_get_dtype",
     "aoti_torch_get_device_type",
+    "aoti_torch_get_device_index",
     "aoti_torch_get_layout",
     "aoti_torch_empty_strided",
     "aoti_torch_delete_tensor_object",
@@ -142,20 +156,30 @@ _PYTHON_FUNCTIONS = (
 
 
 @functools.cache
-def has_direct_calls() -> bool:
-    """Whether this PyTorch offers what csrc/direct.cpp needs; the functions are bound at the first question."""
+def host_functions() -> list[int] | None:
+    """The addresses in struct HostFunctions; None where this PyTorch lacks one, or there is no library."""
     torch_library = torch_compat.stable_c_interface()
     if torch_library is None or unavailable() is not None:
-        return False
+        return None
     try:
         functions = [getattr(torch_library, name) for name in _TORCH_FUNCTIONS]
     except AttributeError:
-        return False
+        return None
     functions += [getattr(ctypes.pythonapi, name) for name in _PYTHON_FUNCTIONS]
-    addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
-    _library().onepass_bind_host((ctypes.c_void_p * len(addresses))(*addresses))
     (taken,) = torch_compat.take_tensors(torch_compat.tensor_handles([torch.empty(1)]))
-    return taken._use_count() == 1  # else every output would leak
+    if taken._use_count() != 1:  # else every output would leak
+        return None
+    return [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
+
+
+@functools.cache
+def has_direct_calls() -> bool:
+    """Whether this PyTorch offers what csrc/direct.cpp needs; the functions are bound at the first question."""
+    addresses = host_functions()
+    if addresses is None:
+        return False
+    library().onepass_bind_host((ctypes.c_void_p * len(addresses))(*addresses))
+    return True
 
 
 @functools.cache
@@ -166,7 +190,7 @@ def direct_attention() -> Callable[[list[Tensor], bytes], Tensor | None]:
     """
     if not has_direct_calls():
         return lambda tensors, arguments: None
-    function = ctypes.PyDLL(_library()._name).onepass_direct_attention  # PyDLL: it needs the GIL, which it releases
+    function = ctypes.PyDLL(library()._name).onepass_direct_attention  # PyDLL: it needs the GIL, which it releases
     function.argtypes, function.restype = (*[ctypes.py_object] * 5, ctypes.c_char_p), ctypes.py_object
     handles, take = torch_compat.tensor_handles, torch_compat.take_tensors
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from onepass.core import torch_compat
 from onepass.core.registry import KernelTable, select
+from onepass.core.replay import PlainCalls
 
 Call = tuple[Any, ...]
 
@@ -43,36 +44,75 @@ class Operation:
         refusal: str = "",
     ) -> None:
         self.table, self.facts = table, facts
-        name = schema.partition("(")[0]
-        LIBRARY.define(schema)
-        self.op = getattr(torch.ops.onepass, name).default
 
         def checked_fake(*args: Any) -> Any:
             facts(*args[:-1])
             return fake(*args[:-1])
 
-        LIBRARY.impl(name, self.body, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"onepass::{name}", checked_fake, lib=LIBRARY)
-        torch.library.register_vmap(f"onepass::{name}", _refuses_vmap(public), lib=LIBRARY)
-        if differentiate is None:
-            refusal = refusal or f"onepass.{public} has no second derivative (create_graph=True)"
-            save, differentiate = _save_nothing, _refuses_gradient(refusal)
-        assert save is not None
-        self._recorded = torch_compat.register_autograd(LIBRARY, self.op, self.body, save, differentiate)
+        self._plain = PlainCalls(table, self.body, self._dispatched)
+        self.op, self._recorded = _register(
+            schema,
+            self.body,
+            checked_fake,
+            public=public,
+            save=save,
+            differentiate=differentiate,
+            refusal=refusal,
+            plain=self._plain,
+        )
 
     def body(self, *args: Any) -> Any:
         """Checks, chooses, launches."""
         call = args[:-1]
         return select(self.table, self.facts(*call), args[-1])(*call)
 
+    def _dispatched(self, *args: Any) -> Any:
+        return self.op(*args)
+
     def __call__(self, *args: Any) -> Any:
         """Through the dispatcher, where it has anything to add but autograd."""
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        if not torch_compat.only_autograd(*tensors) or any(map(torch_compat.batched_gradient, tensors)):
+        if torch.compiler.is_compiling():
             return self.op(*args)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return self._recorded(*args)
-        return self.body(*args)
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if any(map(torch_compat.batched_gradient, tensors)):
+            return self.op(*args)
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            return self._plain(*args)
+        return (self._recorded if torch_compat.only_autograd(*tensors) else self.op)(*args)
+
+
+def register(schema: str, body: Callable[..., Any], fake: Callable[..., Any], **rest: Any) -> Any:
+    """Defines an operation and registers all of it; what a call of it goes through. `body` and `fake` check.
+
+    The rest is as in `Operation`; `vmap_advice` says what to do in the place of a torch.vmap.
+    """
+    return _register(schema, body, fake, plain=body, **rest)[0]
+
+
+def _register(
+    schema: str,
+    body: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    plain: Callable[..., Any],
+    public: str,
+    save: Callable[[Any, Call, Any], None] | None = None,
+    differentiate: Callable[..., tuple[Any, ...]] | None = None,
+    refusal: str = "",
+    vmap_advice: str = "make the mapped dimension a leading dimension of x",
+) -> tuple[Any, Callable[..., Any]]:
+    """The operation, and what records the gradient of a call and does the call by `plain`."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    op = getattr(torch.ops.onepass, name).default
+    LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"onepass::{name}", fake, lib=LIBRARY)
+    torch.library.register_vmap(f"onepass::{name}", _refuses_vmap(public, vmap_advice), lib=LIBRARY)
+    if differentiate is None:
+        refusal = refusal or f"onepass.{public} has no second derivative (create_graph=True)"
+        save, differentiate = _save_nothing, _refuses_gradient(refusal)
+    assert save is not None
+    return op, torch_compat.register_autograd(LIBRARY, op, plain, save, differentiate)
 
 
 def _save_nothing(ctx: Any, inputs: Call, outputs: Any) -> None:
@@ -86,10 +126,8 @@ def _refuses_gradient(message: str) -> Any:
     return differentiate
 
 
-def _refuses_vmap(public: str) -> Any:
+def _refuses_vmap(public: str, advice: str) -> Any:
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"torch.vmap over onepass.{public} is not supported: make the mapped dimension a leading dimension of x"
-        )
+        raise NotImplementedError(f"torch.vmap over onepass.{public} is not supported: {advice}")
 
     return vmap

@@ -99,6 +99,7 @@ class KernelTable:
     kernels: Sequence[Kernel]
     launchers: dict[tuple[tuple[Any, ...], str], Launcher] = field(default_factory=dict, repr=False)
     directs: dict[tuple[str, bool], Launcher] = field(default_factory=dict, repr=False)
+    when_forgotten: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self.kernels = sorted(self.kernels, key=lambda kernel: -kernel.priority)
@@ -113,9 +114,11 @@ class KernelTable:
         return [kernel.backend for kernel in self.kernels if kernel.unavailable() is None]
 
     def forget(self) -> None:
-        """Drops the cached choices (for tests that replace a launcher)."""
+        """Drops the cached choices, and what others keep that rests on them (for tests that replace a launcher)."""
         self.launchers.clear()
         self.directs.clear()
+        for forget in self.when_forgotten:
+            forget()
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,32 @@ def _plain(tensors: tuple[Tensor | None, ...], grad: bool) -> bool:
     return True
 
 
+# The same for csrc/replay.cpp: functions that give None, False or 0 while PyTorch has nothing to add to a plain call.
+QUIET_WHEN_PLAIN = (
+    _dispatch_modes,
+    _function_modes,
+    _is_tracing,
+    _profiler_enabled,
+    _functorch_level,
+    torch._C._is_any_autocast_enabled,
+)
+FORWARD_LEVEL = (forward_ad, "_current_level")  # -1 while there are no forward-mode tangents
+# The current device, and the current stream of a device.
+CUDA_STATE = (getattr(torch._C, "_cuda_getDevice", None), getattr(torch._C, "_cuda_getCurrentRawStream", None))
+DTYPE_NUMBERS = {  # c10::ScalarType
+    torch.uint8: 0,
+    torch.int8: 1,
+    torch.int16: 2,
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.float16: 5,
+    torch.float32: 6,
+    torch.float64: 7,
+    torch.bool: 11,
+    torch.bfloat16: 15,
+}
+
+
 def batched_gradient(gradient: Tensor) -> bool:
     """Whether autograd's own vmap (is_grads_batched=True) hides several gradients behind this one."""
     return torch._C._functorch.is_legacy_batchedtensor(gradient)
@@ -72,6 +98,39 @@ _interface: Any = getattr(torch._C, "_aoti", None)
 tensor_handles: Any = getattr(_interface, "unsafe_alloc_void_ptrs_from_tensors", None)
 # The function for one tensor copies the handle in spite of its name; the one for several takes it over.
 take_tensors: Any = getattr(_interface, "alloc_tensors_by_stealing_from_void_ptrs", None)
+
+
+def handle_offset(address_of_handle: Callable[[Any], int]) -> int:
+    """Where a tensor's object holds what its handles point to, if that is the same for all; 0: unknown.
+
+    `address_of_handle` gives the address of a capsule's handle. The layout is PyTorch's own affair and has changed, so
+    it is looked for: the word that is the same in the object and behind the handle.
+    """
+    head = object.__basicsize__
+    tensors = [
+        torch.empty(1),
+        torch.empty(2, requires_grad=True),
+        torch.nn.Parameter(torch.empty(3)),
+        torch.empty(4)[1:],
+    ]
+
+    def holds(tensor: Tensor, offset: int) -> bool:
+        handle = address_of_handle(tensor_handles([tensor])[0])
+        word = ctypes.c_uint64.from_address
+        return word(id(tensor) + offset).value == word(handle).value
+
+    found = [offset for offset in (head, head + 8) if all(holds(tensor, offset) for tensor in tensors)]
+    return found[0] if len(found) == 1 else 0
+
+
+def wrap_function() -> int:
+    """The address of the function that makes a tensor's object, given its handle; 0: unknown."""
+    try:
+        library = ctypes.PyDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_python.so"))
+        function = library._Z16THPVariable_WrapRKN2at10TensorBaseE
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def stable_c_interface() -> ctypes.CDLL | None:
@@ -87,14 +146,14 @@ def stable_c_interface() -> ctypes.CDLL | None:
 def register_autograd(
     library: torch.library.Library,
     op: Any,
-    body: Callable[..., Any],
+    plain: Callable[..., Any],
     save: Callable[[Any, tuple[Any, ...], Any], None],
     differentiate: Callable[..., tuple[Any, ...]],
 ) -> Callable[..., Any]:
     """Registers the gradient of an operation: `save(ctx, inputs, outputs)`, then `differentiate(ctx, *gradients)`.
 
     What torch.library.register_autograd does, without its search for default values, which costs 60 us a call. Returns
-    a function that records the gradient of a call and runs `body` without the dispatcher, for calls that are
+    a function that records the gradient of a call and does it by `plain`, without the dispatcher, for calls that are
     `only_autograd`: the dispatcher twice and its callbacks into Python cost 10 us.
     """
 
@@ -114,7 +173,7 @@ def register_autograd(
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            outputs = body(*inputs)
+            outputs = plain(*inputs)
             save(ctx, inputs, outputs)
             return outputs
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from onepass.core import env
+from onepass.core import env, launches
 from onepass.core.registry import Kernel
 
 _MIN_VERSION = (3, 6)
@@ -85,6 +86,7 @@ class Launcher:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self._compiled: dict[Any, Any] = {}
+        self._kinds: dict[Any, Any] = {}  # Triton's own objects of the same
 
     def __call__(
         self,
@@ -99,6 +101,8 @@ class Launcher:
         if known is not None and _current_device() == index:
             run, function, metadata, constants = known
             run(*grid, _current_stream(index), function, metadata, None, None, None, *numbers, *constants)
+            if launches.watched:
+                launches.tell(self._written_down(index, key, grid, numbers))
         elif device.type != "cuda" or _current_device() == index:
             self._launch(known, (index, key), grid, device, describe)
         else:
@@ -130,16 +134,6 @@ class Launcher:
         key = (*kinds, *constants.values(), num_warps)
         self(key, grid, device, numbers, lambda: (arguments, constants, num_warps))
 
-    def compiled(self, index: int, key: Any) -> Any:
-        """What `run` takes, for a kind of launch that has been compiled, on the current device; None for any other."""
-        return self._compiled.get((index, key)) if _current_device() == index else None
-
-    @staticmethod
-    def run(compiled: Any, programs: int, index: int, *numbers: int | float) -> None:
-        """Launches what `compiled` gave."""
-        run, function, metadata, constants = compiled
-        run(programs, 1, 1, _current_stream(index), function, metadata, None, None, None, *numbers, *constants)
-
     def _launch(
         self,
         known: Any,
@@ -153,6 +147,46 @@ class Launcher:
         if known is None and device.type == "cuda":
             values = tuple(constants.values())
             self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, values
+            self._kinds[key] = compiled
+        if launches.watched:
+            launches.tell(None)
+
+    def _written_down(
+        self, index: int, key: Any, grid: tuple[int, int, int], numbers: Sequence[int | float]
+    ) -> launches.Launch | None:
+        """A launch as those who watch want it; None where more than cuLaunchKernel would be needed."""
+        compiled = self._kinds[index, key]
+        facts = compiled.metadata
+        unusual = ("num_ctas", "global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")
+        if facts.target.backend != "cuda" or [getattr(facts, name, None) for name in unusual] != [
+            1,
+            0,
+            0,
+            False,
+            False,
+        ]:
+            return None
+        words: list[int] = []
+        pointers: list[bool] = []
+        for number, kind in zip(numbers, compiled.src.signature.values(), strict=False):
+            if kind == "constexpr":  # a 1
+                continue
+            if kind == "fp32":
+                words.append(struct.unpack("=I", struct.pack("=f", number))[0])
+            elif kind.startswith("*") or kind in ("i32", "i64"):
+                words.append(int(number))
+            else:
+                return None
+            pointers.append(kind.startswith("*"))
+        scratch = (0, 0)  # Triton's own two last arguments
+        return launches.Launch(
+            compiled.function,
+            (*words, *scratch),
+            (*pointers, False, False),
+            grid,
+            32 * facts.num_warps,
+            facts.shared,
+        )
 
 
 def aligned(*pointers: int) -> bool:

@@ -1,5 +1,8 @@
 """Device functions that kernels of several operations share; only they import this module.
 
+Running values of a row that is walked in steps stay in their lanes until its end: a lane is a thread, which sees its
+own elements of each step alone, so that no step waits for other threads. `by_lane` gives a step that shape.
+
 Sums that programs tell each other through memory, when several share a row:
 
 Every word of the exchange starts as -1. A member writes the two fp32 sums of its columns as one word, the others read
@@ -12,6 +15,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import is_cuda
+
+
+@triton.jit
+def exp(x):
+    """e^x of fp32; what is below 2^-126 is 0, without the steps for denormals that double the instructions."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    if is_cuda():
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * LOG2_E], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp(x)
 
 
 @triton.jit
@@ -23,6 +39,35 @@ def unlike(z, zero):
     if z.dtype != tl.float32:
         z = (z.to(tl.int16, bitcast=True) ^ zero.to(tl.int16)).to(z.dtype, bitcast=True)
     return z
+
+
+@triton.jit
+def by_lane(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """(elements of a step,) as (times, LANES, VECTOR): the middle one is the thread where the step was loaded so."""
+    return tl.reshape(x, (x.numel // (LANES * VECTOR), LANES, VECTOR))
+
+
+@triton.jit
+def online_softmax_step(x, largest, total, VECTOR: tl.constexpr):
+    """The next elements x of a row: each lane's maximum, and its sum of exp(x - maximum) (Milakov and Gimelshein 2018).
+
+    Start with -inf and 0.
+    """
+    LANES: tl.constexpr = largest.shape[0]
+    x = by_lane(x, LANES, VECTOR)
+    before = largest
+    largest = tl.maximum(largest, tl.max(tl.max(x, 2), 0))
+    shift = tl.where(largest == -float("inf"), 0.0, largest)  # nothing but -inf so far: all terms are 0
+    terms = exp(x - shift[None, :, None])
+    return largest, total * exp(before - shift) + tl.sum(tl.sum(terms, 2), 0)
+
+
+@triton.jit
+def online_softmax_end(largest, total):
+    """The row's maximum (0 where all is -inf) and the sum of exp(x - maximum)."""
+    top = tl.max(largest, 0)
+    top = tl.where(top == -float("inf"), 0.0, top)
+    return top, tl.sum(total * exp(largest - top), 0)
 
 
 def start_exchange(rows: int, members: int, device: torch.device) -> Tensor:

@@ -65,7 +65,7 @@ def measure(problem: Problem) -> dict[str, Any]:
         samples = timing.interleaved(
             _contenders(problem, q, k, v),
             problem.repeats,
-            SAMPLE_SECONDS,
+            timing.WallClock(SAMPLE_SECONDS),
             between=lambda: peaks.append(fma_peak(torch.float32, problem.num_threads, PEAK_SECONDS)),
         )
         facts = environment.facts(problem.num_threads)

@@ -1,9 +1,8 @@
 """Triton kernels compiled ahead of time for architectures that this machine need not have.
 
     launches = aot.recorded(lambda: fwd.forward(x))          # nothing runs: only what would have been launched
-    for target in aot.TARGETS:
-        for launch in launches:
-            text = aot.compiled(launch, target)              # PTX or AMD assembly
+    aot.assert_every_kernel_compiles("onepass.ops.softmax.triton", launches)
+    text = aot.compiled(launches[0], "sm_90")                # PTX or AMD assembly
 
 The launches are those that the operation's own host code makes, with its configurations, strides and constants. Triton
 must not be interpreted: where TRITON_INTERPRET=1 there is nothing to compile, and `recorded` raises.
@@ -11,6 +10,10 @@ must not be interpreted: where TRITON_INTERPRET=1 there is nothing to compile, a
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
+import os
+import pkgutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -113,6 +116,44 @@ def compiled(launch: Launch, target: str) -> str:
             options=options,
         )
         return str(kernel.asm["ptx" if backend == "cuda" else "amdgcn"])
+
+
+def assert_every_kernel_compiles(package: str, launches: Sequence[Launch]) -> None:
+    """The launches reach every kernel of a package, and all of them compile for all of TARGETS."""
+    found = {_place(launcher.kernel) for launcher in _launchers(package)}
+    reached = {_place(launch.kernel) for launch in launches}
+    assert found == reached, f"not launched: {sorted(found - reached)}; not in {package}: {sorted(reached - found)}"
+    work = [(launch, target) for target in TARGETS for launch in launches]
+    _work[:] = work
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        failures = [failure for failure in pool.map(_failure, range(len(work)), chunksize=4) if failure]
+    assert not failures, "\n".join(failures)
+
+
+def _launchers(package: str) -> Iterator[Launcher]:
+    folder = importlib.import_module(package)
+    for module in pkgutil.iter_modules(folder.__path__, f"{package}."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, Launcher):
+                yield value
+
+
+def _place(kernel: Any) -> tuple[str, str]:
+    return kernel.fn.__module__, kernel.__name__
+
+
+# What the processes that compile, one for each processor, find here: they are forked, since kernels cannot be pickled.
+_work: list[tuple[Launch, str]] = []
+
+
+def _failure(place: int) -> str:
+    """What goes wrong with one piece of the work; "" for nothing."""
+    launch, target = _work[place]
+    try:
+        text = compiled(launch, target)
+    except Exception as error:
+        return f"{target}: {launch}: {type(error).__name__}: {error}"
+    return "" if launch.name in text else f"{target}: {launch}: its name is not in the assembly"
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list[Any]]]:

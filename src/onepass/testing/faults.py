@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from onepass.core import replay
 from onepass.core.registry import KernelTable, Launcher
 
 
@@ -31,6 +32,7 @@ def replaced(table: KernelTable, backend: str, change: Callable[[Launcher], Laun
     if kernel.direct is not None:  # what that would do goes to the broken launcher too
         table.directs = defaultdict(lambda: lambda call: None)
     try:
-        yield
+        with replay.paused():
+            yield
     finally:
         table.launchers, table.directs = whole, directs

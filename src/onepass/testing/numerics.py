@@ -200,18 +200,14 @@ def guarded(x: Tensor, band: int = 67) -> Guarded:
     buffer = torch.empty(span + 2 * band, dtype=x.dtype, device=x.device)
     buffer.fill_(math.nan if x.dtype.is_floating_point else 1)
     inner = buffer.as_strided(x.shape, strides, band)
-    inner.copy_(x) if not _overlaps(x) else _write_overlapping(inner, x)
+    overwrite(inner, x)
     return Guarded(inner, buffer, buffer.clone())
 
 
-def _overlaps(x: Tensor) -> bool:
-    return any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True))
-
-
-def _write_overlapping(inner: Tensor, x: Tensor) -> None:
-    """Expanded dimensions hold one element: write it once."""
+def overwrite(target: Tensor, x: Tensor) -> None:
+    """x's numbers into a tensor of the same strides; expanded dimensions hold one element, which is written once."""
     once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())
-    inner[once].copy_(x[once])
+    target[once].copy_(x[once])
 
 
 @contextmanager

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from onepass.core import cpu_library
+from onepass.core.cpu_library import DTYPE_CODES
 from onepass.ops.attention.spec import Sizes, check_cache_contents
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ABSENT = (0, 0, 0, 0, 0)
 _NO_MASK = (0, 0, 0)
 _FAR = 1 << 40  # windows are clamped here, so that index arithmetic cannot overflow
@@ -51,7 +51,7 @@ def _problem(
     """The fields of struct AttentionProblem."""
     shift = sizes[2] - sizes[1] if bottom_right else 0
     mask = _NO_MASK if key_mask is None else (key_mask.data_ptr(), *key_mask.stride())
-    return _DTYPES[dtype], torch.get_num_threads(), *sizes, shift, min(left, _FAR), min(right, _FAR), scale, *mask
+    return DTYPE_CODES[dtype], torch.get_num_threads(), *sizes, shift, min(left, _FAR), min(right, _FAR), scale, *mask
 
 
 def _tensor(x: Tensor) -> tuple[int, ...]:
@@ -169,7 +169,7 @@ def decode(
 def _merge_problem(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> tuple[int, ...]:
     parts, *batch, seqlen, nheads, head_dim = outs.shape
     return (
-        _DTYPES[outs.dtype], torch.get_num_threads(), parts, batch[0] if batch else 1, seqlen, nheads, head_dim,
+        DTYPE_CODES[outs.dtype], torch.get_num_threads(), parts, batch[0] if batch else 1, seqlen, nheads, head_dim,
         outs.data_ptr(), lses.data_ptr(), out.data_ptr(), lse.data_ptr(),
     )  # fmt: skip
 

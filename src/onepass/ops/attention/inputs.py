@@ -10,13 +10,10 @@ from torch import Tensor
 from onepass.core.registry import explain
 from onepass.ops.attention import kernels, spec
 from onepass.ops.attention.api import attention, attention_decode, merge_attention
+from onepass.testing.inputs import normal
 
 LAYOUTS = ("bshd", "bhsd", "packed", "v_transposed", "sliced", "expanded")
 _DIFFERENTIABLE = ("q", "k", "v", "attn_bias", "attn_sink")
-
-
-def normal(shape: tuple[int, ...], dtype: torch.dtype, device: str, generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 # A relative error of the sum of exponentials is an absolute one of its logarithm.

@@ -4,12 +4,13 @@ The options are canonical here: causal is window_right = 0, -1 is an unlimited w
 leaves the choice to the tables of kernels.py.
 """
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from onepass.core import torch_compat
+from onepass.core.operation import register
 from onepass.core.registry import direct, select
 from onepass.ops.attention import kernels, spec
 
@@ -20,26 +21,6 @@ _OPTIONS = (
     "Tensor? rng_state, float softmax_scale, SymInt window_left, SymInt window_right, bool bottom_right, "
     "float softcap, float dropout_p, bool deterministic"
 )
-
-_LIBRARY = torch.library.Library("onepass", "FRAGMENT")
-_LIBRARY.define(f"attention_fwd({_OPTIONS.format(more='')}, str backend) -> (Tensor out, Tensor lse)")
-_LIBRARY.define(
-    f"attention_bwd(Tensor do, Tensor? dlse, {_OPTIONS.format(more='Tensor out, Tensor lse, ')}, bool need_dq, "
-    "bool need_dkv, bool need_dbias, bool need_dsink, str backend) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)"
-)
-_LIBRARY.define(
-    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens, Tensor? page_table, "
-    "Tensor? alibi_slopes, Tensor? attn_sink, Tensor? k_descale, Tensor? v_descale, float softmax_scale, "
-    "SymInt window_left, SymInt window_right, float softcap, SymInt num_splits, bool need_lse, str backend) "
-    "-> (Tensor out, Tensor lse)"
-)
-_LIBRARY.define("merge_attention(Tensor outs, Tensor lses, str backend) -> (Tensor out, Tensor lse)")
-_LIBRARY.define(
-    "merge_attention_bwd(Tensor do, Tensor? dlse, Tensor outs, Tensor lses, Tensor out, Tensor lse, str backend) "
-    "-> (Tensor douts, Tensor dlses)"
-)
-
 
 # The bodies: check, choose, launch. The arguments are spelled out: *args would cost a microsecond.
 
@@ -289,53 +270,56 @@ def _differentiate_merge(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tu
     return douts, dlses, None
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
-    pass
+# The operations.
 
+_NO_VMAP = "make the mapped dimension part of batch, x.movedim(dim, 0).flatten(0, 1)"
 
-def _refuses_gradient(message: str) -> Any:
-    def differentiate(ctx: Any, *gradients: Any) -> NoReturn:
-        raise NotImplementedError(message)
-
-    return differentiate
-
-
-def _refuses_vmap(public: str) -> Any:
-    def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"torch.vmap over onepass.{public} is not supported: make the mapped dimension part of batch, "
-            "x.movedim(dim, 0).flatten(0, 1)"
-        )
-
-    return vmap
-
-
-_forward_op = torch.ops.onepass.attention_fwd.default
-_backward_op = torch.ops.onepass.attention_bwd.default
-_decode_op = torch.ops.onepass.attention_decode.default
-_merge_op = torch.ops.onepass.merge_attention.default
-_merge_backward_op = torch.ops.onepass.merge_attention_bwd.default
-
-
-def _register() -> None:
-    once = _refuses_gradient("onepass.attention has no second derivative (create_graph=True)")
-    never = _refuses_gradient("onepass.attention_decode is forward only: train with onepass.attention")
-    once_merged = _refuses_gradient("onepass.merge_attention has no second derivative (create_graph=True)")
-    for op, body, fake, save, differentiate in (
-        (_forward_op, _forward, _forward_fake, _save, _differentiate),
-        (_backward_op, _backward, _backward_fake, _save_nothing, once),
-        (_decode_op, _decode_op_body, _decode_fake, _save_nothing, never),
-        (_merge_op, _merge, _merge_fake, _save_merge, _differentiate_merge),
-        (_merge_backward_op, _merge_backward, _merge_backward_fake, _save_nothing, once_merged),
-    ):
-        name = op._schema.name
-        _LIBRARY.impl(name.partition("::")[2], body, "CompositeExplicitAutograd")
-        torch.library.register_fake(name, fake, lib=_LIBRARY)
-        torch.library.register_vmap(name, _refuses_vmap(name.partition("::")[2].removesuffix("_fwd")), lib=_LIBRARY)
-        torch_compat.register_autograd(_LIBRARY, op, body, save, differentiate)
-
-
-_register()
+_forward_op = register(
+    f"attention_fwd({_OPTIONS.format(more='')}, str backend) -> (Tensor out, Tensor lse)",
+    _forward,
+    _forward_fake,
+    public="attention",
+    save=_save,
+    differentiate=_differentiate,
+    vmap_advice=_NO_VMAP,
+)
+_backward_op = register(
+    f"attention_bwd(Tensor do, Tensor? dlse, {_OPTIONS.format(more='Tensor out, Tensor lse, ')}, bool need_dq, "
+    "bool need_dkv, bool need_dbias, bool need_dsink, str backend) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
+    _backward,
+    _backward_fake,
+    public="attention",
+    vmap_advice=_NO_VMAP,
+)
+_decode_op = register(
+    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens, Tensor? page_table, "
+    "Tensor? alibi_slopes, Tensor? attn_sink, Tensor? k_descale, Tensor? v_descale, float softmax_scale, "
+    "SymInt window_left, SymInt window_right, float softcap, SymInt num_splits, bool need_lse, str backend) "
+    "-> (Tensor out, Tensor lse)",
+    _decode_op_body,
+    _decode_fake,
+    public="attention_decode",
+    refusal="onepass.attention_decode is forward only: train with onepass.attention",
+    vmap_advice=_NO_VMAP,
+)
+_merge_op = register(
+    "merge_attention(Tensor outs, Tensor lses, str backend) -> (Tensor out, Tensor lse)",
+    _merge,
+    _merge_fake,
+    public="merge_attention",
+    save=_save_merge,
+    differentiate=_differentiate_merge,
+    vmap_advice=_NO_VMAP,
+)
+_merge_backward_op = register(
+    "merge_attention_bwd(Tensor do, Tensor? dlse, Tensor outs, Tensor lses, Tensor out, Tensor lse, str backend) "
+    "-> (Tensor douts, Tensor dlses)",
+    _merge_backward,
+    _merge_backward_fake,
+    public="merge_attention",
+    vmap_advice=_NO_VMAP,
+)
 
 
 # What api.py calls: through the dispatcher, or straight to the body when the dispatcher has nothing to add.

@@ -62,7 +62,7 @@ def cross_entropy(
     if unknown:
         raise checks.unknown_argument(cross_entropy, next(iter(unknown)), _HINTS)
     call = _canonical(logits, target, ignore_index, label_smoothing, z_loss, softcap, reduction, return_lse, backend)
-    loss, lse = registration.cross_entropy(call)
+    loss, lse = registration.cross_entropy(*call)
     return _shaped(loss, lse, target, reduction, return_lse)
 
 
@@ -242,52 +242,13 @@ def _choices(facts: tuple[Any, ...], backend: str, backward: bool) -> list[Choic
 
 
 @explains("cross_entropy")
-def _explain(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float = 0.0,
-    reduction: str = "mean",
-    return_lse: bool = False,
-    backend: str | None = None,
-) -> list[Choice]:
-    *arguments, name = _canonical(
-        logits, target, ignore_index, label_smoothing, z_loss, softcap, reduction, return_lse, backend
-    )
+def _explain(logits: Tensor, target: Tensor, **options: Any) -> list[Choice]:
+    *arguments, name = _canonical(**checks.arguments_of(cross_entropy, _HINTS, logits, target, **options))
     return _choices(spec.forward_facts(*arguments), name, torch.is_grad_enabled() and logits.requires_grad)
 
 
 @explains("linear_cross_entropy")
-def _explain_linear(
-    x: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    bias: Tensor | None = None,
-    low_memory: bool = False,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float = 0.0,
-    reduction: str = "mean",
-    return_lse: bool = False,
-    backend: str | None = None,
-) -> list[Choice]:
-    *arguments, name = _linear_canonical(
-        x,
-        weight,
-        target,
-        bias,
-        low_memory,
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        softcap,
-        reduction,
-        return_lse,
-        backend,
-    )
+def _explain_linear(x: Tensor, weight: Tensor, target: Tensor, **options: Any) -> list[Choice]:
+    given = checks.arguments_of(linear_cross_entropy, _HINTS, x, weight, target, **options)
+    *arguments, name = _linear_canonical(**given)
     return _choices(spec.linear_facts(*arguments), name, any(arguments[-3:]))

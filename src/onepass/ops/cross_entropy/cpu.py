@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from onepass.core import cpu_library
+from onepass.core.cpu_library import DTYPE_CODES
 from onepass.core.rows import row_stride
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from onepass.ops.cross_entropy.spec import looks_at_targets, wrong_target_error
 
 # struct CrossEntropyArgs and CrossEntropyBwdArgs: q = int64_t or pointer, d = double.
 _CROSS_ENTROPY = "5q3d5q"
@@ -18,16 +18,7 @@ _FWD = struct.Struct(f"={_CROSS_ENTROPY}")
 _BWD = struct.Struct(f"={_CROSS_ENTROPY}8q")
 
 
-def _refuse(target: Tensor, classes: int, ignore_index: int) -> ValueError:
-    """The error for the first target that is out of range."""
-    flat = target.reshape(-1)
-    row = int(torch.nonzero(((flat < 0) | (flat >= classes)) & (flat != ignore_index))[0])
-    return ValueError(
-        f"target[{row}] is {int(flat[row])}; expected 0 to {classes - 1} ({classes} classes) "
-        f"or ignore_index={ignore_index}"
-    )
-
-
+@looks_at_targets
 def forward(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
@@ -38,17 +29,18 @@ def forward(
         target = target.contiguous()
         logits, stride = row_stride(logits)
         arguments = _FWD.pack(
-            _DTYPES[logits.dtype], torch.get_num_threads(), rows, columns, ignore_index,
+            DTYPE_CODES[logits.dtype], torch.get_num_threads(), rows, columns, ignore_index,
             label_smoothing, z_loss, softcap,
             logits.data_ptr(), stride, target.data_ptr(), loss.data_ptr(), lse.data_ptr(),
         )  # fmt: skip
         try:
             cpu_library.kernel("cross_entropy_fwd")(arguments)
         except IndexError:  # the kernel looks at the targets anyway; the words are found here
-            raise _refuse(target, columns, ignore_index) from None
+            raise wrong_target_error(target, columns, ignore_index) from None
     return loss, lse
 
 
+@looks_at_targets
 def backward(
     dloss: Tensor,
     dlse: Tensor | None,
@@ -75,7 +67,7 @@ def backward(
         target, lse = target.contiguous(), lse.contiguous()
         logits, stride = row_stride(logits)
         arguments = _BWD.pack(
-            _DTYPES[logits.dtype], torch.get_num_threads(), rows, columns, ignore_index,
+            DTYPE_CODES[logits.dtype], torch.get_num_threads(), rows, columns, ignore_index,
             label_smoothing, z_loss, softcap,
             logits.data_ptr(), stride, target.data_ptr(), 0, lse.data_ptr(),
             dloss.data_ptr(), 0 if dlse is None else dlse.data_ptr(),
@@ -85,5 +77,5 @@ def backward(
         try:
             cpu_library.kernel("cross_entropy_bwd")(arguments)
         except IndexError:
-            raise _refuse(target, classes, ignore_index) from None
+            raise wrong_target_error(target, classes, ignore_index) from None
     return dlogits

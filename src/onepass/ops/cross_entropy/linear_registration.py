@@ -5,7 +5,6 @@ The forward returns the gradients of a mean or a sum beside it, for its own back
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from onepass.core import torch_compat
@@ -85,16 +84,20 @@ class _Forward(Operation):
     def body(self, *args: Any) -> Tensors:
         x, weight, bias, target, ignore_index, *options, reduction, now, need_dx, need_dweight, need_dbias, name = args
         losses = _losses(self.facts(*args[:-1]), name, ignore_index, *options)
-        spec.require_targets(target, weight.shape[0], ignore_index)
+        classes = weight.shape[0]
+        spec.require_targets_before(losses.forward, target, classes, ignore_index)
         needs = (need_dx, need_dweight, need_dbias and bias is not None)
-        return linear.forward(x, weight, bias, target, losses, reduction, now, needs)
+        try:
+            return linear.forward(x, weight, bias, target, losses, reduction, now, needs)
+        except IndexError:  # found in a strip of rows; the message counts from the first of all
+            raise spec.wrong_target_error(target, classes, ignore_index) from None
 
 
 class _Backward(Operation):
     def body(self, *args: Any) -> Tensors:
         dloss, dlse, x, weight, bias, target, lse, ignore_index, *options, need_dx, need_dw, need_db, name = args
         losses = _losses(self.facts(*args[:-1]), name, ignore_index, *options)
-        spec.require_targets(target, weight.shape[0], ignore_index)
+        spec.require_targets_before(losses.backward, target, weight.shape[0], ignore_index)
         needs = (need_dx, need_dw, need_db and bias is not None)
         return linear.backward(dloss, dlse, x, weight, bias, target, lse, losses, needs)
 

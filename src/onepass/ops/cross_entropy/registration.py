@@ -5,12 +5,11 @@ The forward keeps lse and, for the mean, 1 / counted rows; the backward makes dl
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from onepass.core import torch_compat
 from onepass.core.operation import Operation
 from onepass.core.registry import select
+from onepass.core.replay import PlainCalls
 from onepass.ops.cross_entropy import kernels, spec
 
 Tensors = tuple[Tensor, ...]
@@ -54,8 +53,9 @@ class _Forward(Operation):
         *options, reduction, backend = args
         facts = self.facts(*args[:-1])
         logits, target, ignore_index = args[:3]
-        spec.require_targets(target, logits.shape[1], ignore_index)
-        rows, lse = select(kernels.FORWARD, facts, backend)(*options)
+        launcher = select(kernels.FORWARD, facts, backend)
+        spec.require_targets_before(launcher, target, logits.shape[1], ignore_index)
+        rows, lse = launcher(*options)
         if reduction == "none":
             return rows, lse, rows.new_empty(0)
         loss, scale = select(kernels.REDUCE, facts, backend)(rows, target, ignore_index, reduction == "mean")
@@ -118,13 +118,17 @@ forward = _Forward(
 )
 
 
-# What api.py calls.
+# What api.py calls: loss and lse.
 
 
-def cross_entropy(call: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """loss and lse, for the arguments of cross_entropy_fwd: past the dispatcher when it has nothing to add."""
-    if torch_compat.below_dispatcher(*call[:2]):
-        loss, lse, _ = forward.body(*call)
-    else:
-        loss, lse, _ = forward(*call)
+def _launch(*call: Any) -> tuple[Tensor, Tensor]:
+    loss, lse, _ = forward.body(*call)
     return loss, lse
+
+
+def _dispatched(*call: Any) -> tuple[Tensor, Tensor]:
+    loss, lse, _ = forward(*call)
+    return loss, lse
+
+
+cross_entropy = PlainCalls(kernels.FORWARD, _launch, _dispatched)

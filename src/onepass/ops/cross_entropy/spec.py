@@ -1,6 +1,7 @@
 """The facts a cross-entropy kernel is chosen by, and the checks that keep memory safe."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -149,13 +150,36 @@ def require_targets(target: Tensor, classes: int, ignore_index: int) -> None:
     low, high = target.aminmax()
     if low >= 0 and high < classes:
         return
-    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    if wrong.any():
-        place = int(wrong.nonzero()[0])
-        raise IndexError(
-            f"target must hold classes, 0 to {classes - 1}, or ignore_index {ignore_index}; "
-            f"element {place} of the flattened target is {int(target[place])}"
-        )
+    if _is_wrong(target, classes, ignore_index).any():
+        raise wrong_target_error(target, classes, ignore_index)
+
+
+def wrong_target_error(target: Tensor, classes: int, ignore_index: int) -> IndexError:
+    """For targets (rows,) of which some are no class and not ignore_index."""
+    place = int(_is_wrong(target, classes, ignore_index).nonzero()[0])
+    return IndexError(
+        f"target must hold classes, 0 to {classes - 1}, or ignore_index {ignore_index}; "
+        f"element {place} of the flattened target is {int(target[place])}"
+    )
+
+
+def _is_wrong(target: Tensor, classes: int, ignore_index: int) -> Tensor:
+    return ((target < 0) | (target >= classes)) & (target != ignore_index)
+
+
+_Launcher = TypeVar("_Launcher", bound=Callable[..., Any])
+
+
+def looks_at_targets(launcher: _Launcher) -> _Launcher:
+    """Decorator: this launcher raises wrong_target_error itself, so that nobody need look at the targets before."""
+    launcher.looks_at_targets = True  # type: ignore[attr-defined]
+    return launcher
+
+
+def require_targets_before(launcher: Callable[..., Any], target: Tensor, classes: int, ignore_index: int) -> None:
+    """require_targets, unless the launcher looks at them."""
+    if not getattr(launcher, "looks_at_targets", False):
+        require_targets(target, classes, ignore_index)
 
 
 def reduction_error(reduction: object) -> ValueError:

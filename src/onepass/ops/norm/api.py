@@ -85,8 +85,7 @@ def _norm(
     backend: str | None,
 ) -> Any:
     call = _canonical(x, weight, bias, residual, eps, offset, center, backend)
-    y, residual_out = registration.norm(call)
-    return y if residual is None else (y, residual_out)
+    return registration.norm(*call)
 
 
 def _canonical(
@@ -133,26 +132,14 @@ def _explain(call: tuple[Any, ...]) -> list[Choice]:
 
 
 @explains("rms_norm")
-def _explain_rms_norm(
-    x: Tensor,
-    weight: Tensor | None = None,
-    *,
-    eps: float = 1e-6,
-    offset: float = 0.0,
-    residual: Tensor | None = None,
-    backend: str | None = None,
-) -> list[Choice]:
-    return _explain(_canonical(x, weight, None, residual, eps, offset, False, backend))
+def _explain_rms_norm(x: Tensor, weight: Tensor | None = None, **options: Any) -> list[Choice]:
+    given = checks.arguments_of(rms_norm, _HINTS, x, weight, **options)
+    return _explain(_canonical(**given, bias=None, center=False))
 
 
 @explains("layer_norm")
 def _explain_layer_norm(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    eps: float = 1e-5,
-    residual: Tensor | None = None,
-    backend: str | None = None,
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **options: Any
 ) -> list[Choice]:
-    return _explain(_canonical(x, weight, bias, residual, eps, 0.0, True, backend))
+    given = checks.arguments_of(layer_norm, _HINTS, x, weight, bias, **options)
+    return _explain(_canonical(**given, offset=0.0, center=True))

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from onepass.core import cpu_library
+from onepass.core.cpu_library import DTYPE_CODES
 from onepass.core.rows import row_stride
 from onepass.ops.norm.spec import sum_dtype
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # struct NormArgs and NormBwdArgs: q = int64_t or pointer, d = double.
 _FWD = struct.Struct("=8q2d10q")
@@ -27,7 +26,7 @@ def _pointer(x: Tensor | None) -> int:
 
 
 def _code(x: Tensor | None) -> int:
-    return 0 if x is None else _DTYPES[x.dtype]
+    return 0 if x is None else DTYPE_CODES[x.dtype]
 
 
 def forward(
@@ -56,8 +55,8 @@ def forward(
         residual_out = x.new_empty(0)
     cpu_library.kernel("norm_fwd")(
         _FWD.pack(
-            _DTYPES[dtype], 0 if residual_out is None else _DTYPES[residual_out.dtype], _code(weight), _code(bias),
-            torch.get_num_threads(), x.numel() // columns, columns, center, eps, offset,
+            DTYPE_CODES[dtype], _code(residual_out), _code(weight), _code(bias), torch.get_num_threads(),
+            x.numel() // columns, columns, center, eps, offset,
             rows_of_x.data_ptr(), stride, _pointer(residual), stride_residual, _pointer(weight), _pointer(bias),
             y.data_ptr(), 0 if residual is None else _pointer(residual_out), _pointer(mean), _pointer(rstd),
         )
@@ -104,7 +103,7 @@ def backward(
     mean, rstd = mean.contiguous(), rstd.contiguous()
     cpu_library.kernel("norm_bwd")(
         _BWD.pack(
-            _DTYPES[dtype], _DTYPES[dy.dtype], _code(weight), _code(bias), torch.get_num_threads(),
+            DTYPE_CODES[dtype], DTYPE_CODES[dy.dtype], _code(weight), _code(bias), torch.get_num_threads(),
             x.numel() // columns, columns, center, offset, dy.data_ptr(), stride_dy,
             _pointer(dresidual), stride_dresidual, x.data_ptr(), stride_x, _pointer(weight), mean.data_ptr(),
             rstd.data_ptr(), dx.data_ptr() if need_dx else 0, dweight.data_ptr() if need_dweight else 0,

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onepass.core import torch_compat
 from onepass.core.operation import Operation
-from onepass.core.registry import direct, select
+from onepass.core.registry import select
+from onepass.core.replay import PlainCalls
 from onepass.ops.norm import kernels, spec
 
 Tensors = tuple[Tensor, ...]
@@ -122,17 +122,21 @@ forward = Operation(
 )
 
 
-# What api.py calls.
+# What api.py calls: y, or y and residual_out where there is a residual.
 
 
-def norm(call: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
-    """y and residual_out, for the arguments of norm_fwd: past the dispatcher when it has nothing to add."""
-    if torch_compat.below_dispatcher(*call[:4]):
-        if (y := direct(kernels.FORWARD, call[-1], call[0].is_cpu)(call)) is not None:
-            return y, None
-        arguments = call[:-1]
-        launcher = select(kernels.FORWARD, spec.norm_facts(*arguments), call[-1])
-        y, residual_out, _, _ = launcher(*arguments, statistics=False)
-    else:
-        y, residual_out, _, _ = forward(*call)
-    return y, residual_out
+def _launch(*call: Any) -> Tensor | Tensors:
+    *arguments, backend = call
+    launcher = select(kernels.FORWARD, spec.norm_facts(*arguments), backend)
+    return _asked(call, launcher(*arguments, statistics=False))
+
+
+def _dispatched(*call: Any) -> Tensor | Tensors:
+    return _asked(call, forward(*call))
+
+
+def _asked(call: tuple[Any, ...], outputs: Tensors) -> Tensor | Tensors:
+    return outputs[0] if call[3] is None else outputs[:2]
+
+
+norm = PlainCalls(kernels.FORWARD, _launch, _dispatched)

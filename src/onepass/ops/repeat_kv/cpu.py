@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from onepass.core import cpu_library
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from onepass.core.cpu_library import DTYPE_CODES
 
 # struct RepeatKvArgs.
 _ARGS = struct.Struct("=13q")
@@ -19,7 +18,7 @@ def _launch(kernel: str, x: Tensor, nheads_kv: int, n_rep: int, out: Tensor) -> 
     batch, seqlen, _, head_dim = x.shape
     cpu_library.kernel(kernel)(
         _ARGS.pack(
-            _DTYPES[x.dtype], torch.get_num_threads(), batch, seqlen, nheads_kv, head_dim, n_rep,
+            DTYPE_CODES[x.dtype], torch.get_num_threads(), batch, seqlen, nheads_kv, head_dim, n_rep,
             x.data_ptr(), *x.stride(), out.data_ptr(),
         )
     )  # fmt: skip

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from onepass.core import torch_compat
 from onepass.core.operation import Operation
 from onepass.core.registry import select
+from onepass.core.replay import PlainCalls
 from onepass.ops.repeat_kv import kernels, spec
 
 
@@ -46,11 +46,9 @@ forward = Operation(
 )
 
 
-def repeated(x: Tensor, n_rep: int, backend: str) -> Tensor:
-    """What api.py calls: past the dispatcher when that has nothing to add."""
-    out: Tensor
-    if torch_compat.below_dispatcher(x):
-        out = select(kernels.FORWARD, spec.repeat_kv_facts(x, n_rep), backend)(x, n_rep)
-    else:
-        out = forward(x, n_rep, backend)
+def _launch(x: Tensor, n_rep: int, backend: str) -> Tensor:
+    out: Tensor = select(kernels.FORWARD, spec.repeat_kv_facts(x, n_rep), backend)(x, n_rep)
     return out
+
+
+repeated = PlainCalls(kernels.FORWARD, _launch, forward)

@@ -54,7 +54,7 @@ def rope(
     """
     if unknown:
         raise checks.unknown_argument(rope, next(iter(unknown)), _HINTS)
-    return registration.rotated(_canonical(q, k, cos, sin, interleaved, position_ids, backend))
+    return registration.rotated(*_canonical(q, k, cos, sin, interleaved, position_ids, backend))
 
 
 def _canonical(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from onepass.core import cpu_library
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from onepass.core.cpu_library import DTYPE_CODES
+from onepass.ops.rope.spec import position_error
 
 # struct RopeArgs.
 _ROPE = struct.Struct("=32q")
@@ -17,12 +17,6 @@ _ROPE = struct.Struct("=32q")
 
 def _adjacent(table: Tensor) -> Tensor:
     return table if table.stride(-1) == 1 else table.contiguous()
-
-
-def _refuse(position_ids: Tensor, rows: int) -> ValueError:
-    """The error for positions that the table lacks."""
-    least, most = (int(x) for x in torch.aminmax(position_ids))
-    return ValueError(f"position_ids must be from 0 to {rows - 1}, the table's last position, got {least} to {most}")
 
 
 def forward(
@@ -44,7 +38,7 @@ def forward(
         position_ids = position_ids.long()
         positions = (position_ids.data_ptr(), *position_ids.stride())
     arguments = _ROPE.pack(
-        _DTYPES[q.dtype], torch.get_num_threads(), batch, seqlen, nheads_q, k.shape[2], head_dim, 2 * half,
+        DTYPE_CODES[q.dtype], torch.get_num_threads(), batch, seqlen, nheads_q, k.shape[2], head_dim, 2 * half,
         interleaved, inverse, q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(),
         q_out.data_ptr(), k_out.data_ptr(), cos.data_ptr(), sin.data_ptr(),
         *(cos.stride()[:2] if cos.dim() == 3 else (0, cos.stride(0))),
@@ -54,5 +48,5 @@ def forward(
         cpu_library.kernel("rope")(arguments)
     except IndexError:  # the kernel looks at the positions anyway; the words are found here
         assert position_ids is not None
-        raise _refuse(position_ids, rows) from None
+        raise position_error(position_ids, rows) from None
     return q_out, k_out

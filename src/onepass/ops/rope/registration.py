@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from onepass.core import torch_compat
 from onepass.core.operation import Operation
 from onepass.core.registry import select
+from onepass.core.replay import PlainCalls
 from onepass.ops.rope import kernels, spec
 
 
@@ -61,11 +61,10 @@ forward = Operation(
 )
 
 
-def rotated(call: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """What api.py calls, with the arguments of rope: past the dispatcher when that has nothing to add."""
-    if torch_compat.below_dispatcher(*call[:5]):
-        arguments = call[:-1]
-        q_out, k_out = select(kernels.FORWARD, spec.rope_facts(*arguments), call[-1])(*arguments)
-    else:
-        q_out, k_out = forward(*call)
+def _launch(*call: Any) -> tuple[Tensor, Tensor]:
+    *arguments, backend = call
+    q_out, k_out = select(kernels.FORWARD, spec.rope_facts(*arguments), backend)(*arguments)
     return q_out, k_out
+
+
+rotated = PlainCalls(kernels.FORWARD, _launch, forward)

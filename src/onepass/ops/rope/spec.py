@@ -73,11 +73,17 @@ def require_positions_in_table(position_ids: Tensor | None, cos: Tensor) -> None
     """
     if position_ids is None or not position_ids.is_cpu or position_ids.numel() == 0:
         return
-    least, most = (int(x) for x in torch.aminmax(position_ids))
+    least, most = torch.aminmax(position_ids)
     if least < 0 or most >= cos.shape[0]:
-        raise ValueError(
-            f"position_ids must be from 0 to {cos.shape[0] - 1}, the table's last position, got {least} to {most}"
-        )
+        raise position_error(position_ids, cos.shape[0])
+
+
+def position_error(position_ids: Tensor, positions: int) -> ValueError:
+    """For positions of which some are not in a table of so many."""
+    least, most = (int(x) for x in torch.aminmax(position_ids))
+    return ValueError(
+        f"position_ids must be from 0 to {positions - 1}, the table's last position, got {least} to {most}"
+    )
 
 
 def _check_position_ids(position_ids: Tensor, cos: Tensor, q: Tensor) -> None:

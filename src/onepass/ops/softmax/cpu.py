@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from onepass.core import cpu_library
+from onepass.core.cpu_library import DTYPE_CODES
 from onepass.core.rows import row_stride
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # struct SoftmaxArgs and SoftmaxBwdArgs.
 _FWD = struct.Struct("=7q")
@@ -24,7 +23,7 @@ def forward(x: Tensor) -> Tensor:
         x, stride = row_stride(x)
         cpu_library.kernel("softmax_fwd")(
             _FWD.pack(
-                _DTYPES[x.dtype], torch.get_num_threads(), count // columns, columns,
+                DTYPE_CODES[x.dtype], torch.get_num_threads(), count // columns, columns,
                 x.data_ptr(), stride, y.data_ptr(),
             )
         )  # fmt: skip
@@ -38,7 +37,7 @@ def backward(dy: Tensor, y: Tensor) -> Tensor:
         (dy, stride_dy), (y, stride_y) = row_stride(dy.to(y.dtype)), row_stride(y)
         cpu_library.kernel("softmax_bwd")(
             _BWD.pack(
-                _DTYPES[y.dtype], torch.get_num_threads(), count // columns, columns,
+                DTYPE_CODES[y.dtype], torch.get_num_threads(), count // columns, columns,
                 dy.data_ptr(), stride_dy, y.data_ptr(), stride_y, dx.data_ptr(),
             )
         )  # fmt: skip

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from onepass.core import torch_compat
 from onepass.core.operation import Operation
 from onepass.core.registry import select
+from onepass.core.replay import PlainCalls
 from onepass.ops.softmax import kernels, spec
 
 
@@ -47,13 +46,9 @@ forward = Operation(
 )
 
 
-# What api.py calls.
-
-
-def softmax(x: Tensor, backend: str) -> Tensor:
-    """softmax_fwd: past the dispatcher when it has nothing to add."""
-    if torch_compat.below_dispatcher(x):
-        y: Tensor = select(kernels.FORWARD, spec.softmax_facts(x), backend)(x)
-    else:
-        y = forward(x, backend)
+def _launch(x: Tensor, backend: str) -> Tensor:
+    y: Tensor = select(kernels.FORWARD, spec.softmax_facts(x), backend)(x)
     return y
+
+
+softmax = PlainCalls(kernels.FORWARD, _launch, forward)

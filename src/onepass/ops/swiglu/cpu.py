@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from onepass.core import cpu_library
+from onepass.core.cpu_library import DTYPE_CODES
 from onepass.core.rows import row_stride
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 # struct GluArgs and GluBwdArgs.
@@ -25,7 +25,7 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         (gate, stride_gate), (up, stride_up) = row_stride(gate), row_stride(up)
         cpu_library.kernel("glu_fwd")(
             _FWD.pack(
-                _DTYPES[gate.dtype], torch.get_num_threads(), count // columns, columns, _ACTIVATIONS[activation],
+                DTYPE_CODES[gate.dtype], torch.get_num_threads(), count // columns, columns, _ACTIVATIONS[activation],
                 gate.data_ptr(), stride_gate, up.data_ptr(), stride_up, out.data_ptr(),
             )
         )  # fmt: skip
@@ -44,7 +44,7 @@ def backward(
         (gate, stride_gate), (up, stride_up) = row_stride(gate), row_stride(up)
         cpu_library.kernel("glu_bwd")(
             _BWD.pack(
-                _DTYPES[gate.dtype], torch.get_num_threads(), count // columns, columns, _ACTIVATIONS[activation],
+                DTYPE_CODES[gate.dtype], torch.get_num_threads(), count // columns, columns, _ACTIVATIONS[activation],
                 dout.data_ptr(), stride_dout, gate.data_ptr(), stride_gate, up.data_ptr(), stride_up,
                 dgate.data_ptr() if need_dgate else 0, dup.data_ptr() if need_dup else 0,
             )

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from onepass.core import torch_compat
 from onepass.core.operation import Operation
 from onepass.core.registry import select
+from onepass.core.replay import PlainCalls
 from onepass.ops.swiglu import kernels, spec
 
 
@@ -53,11 +53,9 @@ forward = Operation(
 )
 
 
-def gated(gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
-    """What api.py calls: past the dispatcher when that has nothing to add."""
-    out: Tensor
-    if torch_compat.below_dispatcher(gate, up):
-        out = select(kernels.FORWARD, spec.swiglu_facts(gate, up, activation), backend)(gate, up, activation)
-    else:
-        out = forward(gate, up, activation, backend)
+def _launch(gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
+    out: Tensor = select(kernels.FORWARD, spec.swiglu_facts(gate, up, activation), backend)(gate, up, activation)
     return out
+
+
+gated = PlainCalls(kernels.FORWARD, _launch, forward)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from onepass.core.rows import as_rows
 from onepass.core.triton_backend import Launcher
+from onepass.core.triton_functions import exp
 from onepass.ops.cross_entropy.triton.config import backward_config
 from onepass.ops.cross_entropy.triton.softcap import tanh
 
@@ -43,12 +44,12 @@ def _bwd_kernel(
         mask = exists & (col < columns)
         # The logits of rows that nothing flows into are not read.
         read = mask if HAS_DLSE else mask & counted
-        x = tl.load(logits_ptr + row * stride_logits + col, mask=read, other=0.0, eviction_policy="evict_first")
+        x = tl.load(logits_ptr + row * stride_logits + col, mask=read, other=0.0)
         x = x.to(tl.float32)
         if SOFTCAP:
             t = tanh(x / softcap)
             x = softcap * t
-        dx = total * tl.exp(x - lse) - tl.where(col == hot, hot_g, 0.0)
+        dx = total * exp(x - lse) - tl.where(col == hot, hot_g, 0.0)
         if SMOOTHING:
             dx -= smooth_g
         if SOFTCAP:

@@ -7,8 +7,6 @@ for its statistics and then to be normalised; the second walk finds most of it i
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -191,39 +189,6 @@ def forward(
     if not statistics:
         return y, residual_out, None, None
     return y, x.new_empty(0) if residual_out is None else residual_out, x.new_empty(0) if mean is None else mean, rstd
-
-
-def direct_forward(call: tuple[Any, ...]) -> Tensor | None:
-    """y of a plain call like one before (registry.direct): contiguous rows and no residual; None for any other."""
-    x, weight, bias, residual, eps, offset, center, _ = call
-    if residual is not None or not x.is_cuda or not x.is_contiguous():
-        return None
-    columns = x.shape[-1]
-    index = x.device.index
-    kind = (
-        x.dtype, None, None if weight is None else weight.dtype, None if bias is None else bias.dtype, center, True,
-        columns, True, columns % 16 == 0, True, True,
-    )  # fmt: skip
-    compiled = _rows_fwd.compiled(index, kind)
-    if compiled is None or not _is_row(weight, columns) or not _is_row(bias, columns):
-        return None
-    y = torch.empty_like(x)
-    x_ptr, weight_ptr, bias_ptr, y_ptr = x.data_ptr(), pointer(weight), pointer(bias), y.data_ptr()
-    rows = x.numel() // columns
-    if not rows or rows >= 2**31 or (x_ptr | weight_ptr | bias_ptr | y_ptr) & 15:
-        return None
-    block_rows = compiled[3][-2]
-    Launcher.run(
-        compiled, -(-rows // block_rows), index,
-        x_ptr, 0, weight_ptr, bias_ptr, y_ptr, 0, 0, 0, rows, columns, columns, 0, eps, offset, 0,
-    )  # fmt: skip
-    return y
-
-
-def _is_row(parameter: Tensor | None, columns: int) -> bool:
-    if parameter is None:
-        return True
-    return parameter.is_cuda and parameter.is_contiguous() and parameter.shape == (columns,)
 
 
 def _launch(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from onepass.core.rows import as_rows
 from onepass.core.triton_backend import Launcher, multiprocessors
-from onepass.core.triton_functions import unlike
-from onepass.ops.softmax.triton.config import FORWARD_HELD, forward_config, held
+from onepass.core.triton_functions import exp, online_softmax_end, online_softmax_step, unlike
+from onepass.ops.softmax.triton.config import FORWARD_HELD, VECTOR_BYTES, forward_config, held
 
 
 @triton.jit
@@ -25,36 +25,35 @@ def _rows_fwd_kernel(
     col = tl.arange(0, BLOCK_COLS)[None, :]
     mask = (row < rows) & (col < columns)
     x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=-float("inf")).to(tl.float32)
-    e = tl.exp(x - tl.max(x, 1, keep_dims=True))
+    e = exp(x - tl.max(x, 1, keep_dims=True))
     y = e * (1.0 / tl.sum(e, 1, keep_dims=True))
     tl.store(y_ptr + row * columns + col, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _wide_fwd_kernel(
-    x_ptr, y_ptr, rows, columns, stride_x, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, y_ptr, rows, columns, stride_x,
+    BLOCK_COLS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     for row_32 in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.full((), 0, tl.int64) + row_32
-        largest = tl.full((), -float("inf"), tl.float32)
-        lane_sum = tl.zeros((BLOCK_COLS,), tl.float32)
+        largest = tl.full((LANES,), -float("inf"), tl.float32)
+        total = tl.zeros((LANES,), tl.float32)
         for start in tl.range(0, columns, BLOCK_COLS, num_stages=STAGES):
             col = start + tl.arange(0, BLOCK_COLS)
             x = tl.load(
                 x_ptr + row * stride_x + col, mask=col < columns, other=-float("inf"), eviction_policy="evict_last"
-            ).to(tl.float32)
-            before = largest
-            largest = tl.maximum(largest, tl.max(x, 0))
-            shift = tl.where(largest == -float("inf"), 0.0, largest)  # nothing but -inf so far: all terms are 0
-            lane_sum = lane_sum * tl.exp(before - shift) + tl.exp(x - shift)
-        inverse = 1.0 / tl.sum(lane_sum, 0)
+            )
+            largest, total = online_softmax_step(x.to(tl.float32), largest, total, VECTOR)
+        top, total_all = online_softmax_end(largest, total)
+        inverse = 1.0 / total_all
         for start in tl.range(0, columns, BLOCK_COLS, num_stages=STAGES):
             col = start + tl.arange(0, BLOCK_COLS)
             mask = col < columns
             x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=-float("inf"), eviction_policy="evict_first").to(
                 tl.float32
             )
-            y = tl.exp(x - largest) * inverse
+            y = exp(x - top) * inverse
             tl.store(y_ptr + row * columns + col, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -62,7 +61,6 @@ def _wide_fwd_kernel(
 def _held_fwd_kernel(
     x_ptr, y_ptr, rows, columns, stride_x, zero, BLOCK_COLS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    LOG2_E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_COLS)
     largest = tl.full((BLOCK_COLS,), -float("inf"), tl.float32)
@@ -75,12 +73,12 @@ def _held_fwd_kernel(
     top = tl.max(largest, 0)
     lane_sum = tl.zeros((BLOCK_COLS,), tl.float32)
     for step in tl.static_range(STEPS):
-        lane_sum += tl.exp2((unlike(held[step], zero).to(tl.float32) - top) * LOG2_E)
+        lane_sum += exp(unlike(held[step], zero).to(tl.float32) - top)
     inverse = 1.0 / tl.sum(lane_sum, 0)
     zero &= inverse.to(tl.int32, bitcast=True)  # still 0, and another one to the compiler
     for step in tl.static_range(STEPS):
         col = step * BLOCK_COLS + lane
-        y = tl.exp2((unlike(held[step], zero).to(tl.float32) - top) * LOG2_E) * inverse
+        y = exp(unlike(held[step], zero).to(tl.float32) - top) * inverse
         tl.store(y_ptr + row * columns + col, y.to(y_ptr.dtype.element_ty), mask=col < columns)
 
 
@@ -97,6 +95,7 @@ def forward(x: Tensor) -> Tensor:
     if not rows:
         return y
     config = forward_config(columns)
+    vector = VECTOR_BYTES // x.itemsize
     x_rows = as_rows(x)
     arguments = (x_rows, y, rows, columns, x_rows.stride(0))
     if config.block_cols >= columns:
@@ -121,7 +120,12 @@ def forward(x: Tensor) -> Tensor:
             (min(rows, programs), 1, 1),
             x.device,
             arguments,
-            {"BLOCK_COLS": config.block_cols, "STAGES": config.stages},
+            {
+                "BLOCK_COLS": config.block_cols,
+                "LANES": 32 * config.num_warps,
+                "VECTOR": vector,
+                "STAGES": config.stages,
+            },
             num_warps=config.num_warps,
         )
     return y
