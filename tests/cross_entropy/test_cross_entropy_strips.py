@@ -9,25 +9,32 @@ from torch import Tensor
 
 import onepass
 from onepass.ops.cross_entropy import kernels, linear, linear_plan
+from onepass.ops.cross_entropy.carry import empty_lower
 from onepass.ops.cross_entropy.inputs import LinearCase, Options
 from onepass.testing import memory, numerics
 
 _EVERY = Options(label_smoothing=0.1, z_loss=1e-3, softcap=5.0)
 
 
-@pytest.fixture(params=[3, 4], ids=["24-bit carry", "32-bit carry"])
+_PAIR_BYTES = 240_000  # two strips of 700 rows of 300 bf16 logits
+
+
+@pytest.fixture(params=[(3, 0), (4, 0), (3, _PAIR_BYTES)], ids=["24-bit carry", "32-bit carry", "20-bit carry"])
 def small_strips(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """128 rows or classes to a strip; the list collects how many strips there were."""
     counts: list[int] = []
 
+    cut_up = linear_plan.strips
+
     def strips(*args: Any) -> Any:
-        parts = linear_plan.strips(*args)
+        parts = cut_up(*args)
         counts.append(len(parts))
         return parts
 
-    cut = linear_plan.LinearPlan(1, 1, 1, 128, request.param)
+    cut = linear_plan.LinearPlan(1, request.param[1], 1, 1, 128, request.param[0])
     monkeypatch.setattr(linear, "plan", lambda device: cut)
     monkeypatch.setattr(linear, "strips", strips)
+    monkeypatch.setattr(linear_plan, "strips", strips)
     return counts
 
 
@@ -65,20 +72,22 @@ def test_weight_gradient_is_carried_in_fp32(small_strips: list[int], generator: 
     assert dweight.flatten().tolist() == [float((-exact).bfloat16()), float(exact.bfloat16())]
 
 
-@pytest.mark.parametrize("kept", [torch.uint8, torch.int16], ids=str)
-def test_carry_adds_in_fp32(kept: torch.dtype, backend: str, device: str, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_carry_adds_in_fp32(bits: int, backend: str, device: str, generator: torch.Generator) -> None:
     carry = next(kernel for kernel in kernels.CARRY.kernels if kernel.backend == backend).load()
     terms = torch.randn(3, 5, 700, generator=generator).to(device)
     terms[0, 0, :3] = torch.tensor([torch.inf, torch.nan, -0.0])
     result = torch.empty(5, 700, dtype=torch.float16, device=device)
-    lower = torch.empty(5, 700, dtype=kept, device=device)
+    lower = empty_lower(result, bits)
     for step in range(3):
         carry(terms[step].clone(), lower, result, step == 0, step == 2)
     exact = terms[0] + terms[1] + terms[2]
-    if kept is torch.int16:
+    if bits == 16:
         torch.testing.assert_close(result, exact.half(), rtol=0, atol=0, equal_nan=True)
-    else:  # two roundings to 16 bits of mantissa, then the result's own to 11
-        torch.testing.assert_close(result.float(), exact, rtol=2**-11, atol=2**-13, equal_nan=True)
+    else:  # two roundings to 16 or 12 bits of mantissa, then the result's own to 11
+        own = 2.0**-11
+        carried = 2.0**-15 if bits == 8 else 2.0**-12
+        torch.testing.assert_close(result.float(), exact, rtol=own, atol=own / 4 + 8 * carried, equal_nan=True)
 
 
 def test_strips_cover_everything_once() -> None:

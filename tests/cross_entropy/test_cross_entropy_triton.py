@@ -11,7 +11,8 @@ pytestmark = pytest.mark.skipif(env.triton_interpreted(), reason="interpreted ke
 
 
 def _launch() -> None:
-    from onepass.ops.cross_entropy.triton import bwd, carry, fwd, reduce
+    from onepass.ops.cross_entropy.carry import empty_lower
+    from onepass.ops.cross_entropy.triton import bwd, carry, fwd, reduce, scale
 
     for dtype in (torch.float32, torch.bfloat16):
         for classes in (33, 32000):
@@ -26,9 +27,11 @@ def _launch() -> None:
     for count in (3, 100000):
         for mean in (True, False):
             reduce.reduce(torch.zeros(count), torch.zeros(count, dtype=torch.int64), -100, mean)
-    for kept in (torch.uint8, torch.int16):
+    sums = torch.zeros(4, 16)
+    for bits in (4, 8, 16):
         for first, last in ((True, False), (False, False), (False, True)):
-            carry.carry(torch.zeros(64), torch.zeros(64, dtype=kept), torch.zeros(64).bfloat16(), first, last)
+            carry.carry(sums, empty_lower(sums, bits), sums.bfloat16(), first, last)
+    scale.scale(sums, torch.ones(()))
 
 
 def test_compiles_for_every_target() -> None:

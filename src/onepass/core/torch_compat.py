@@ -93,6 +93,12 @@ def batched_gradient(gradient: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
+def graph_is_kept() -> bool:
+    """Whether the backward that runs now may run again (retain_graph=True); True where PyTorch does not tell."""
+    tells = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if tells is None else tells()
+
+
 # Tensors for C code: capsules with handles of PyTorch's stable C interface. Whoever gets a handle must delete it.
 _interface: Any = getattr(torch._C, "_aoti", None)
 tensor_handles: Any = getattr(_interface, "unsafe_alloc_void_ptrs_from_tensors", None)

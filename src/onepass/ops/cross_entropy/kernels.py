@@ -22,6 +22,10 @@ REDUCE = _ROWS.table(
 CARRY = _ROWS.table(
     "linear_cross_entropy carry", cpu="carry:carry", triton="triton.carry:carry", reference="carry:carry"
 )
+# linear_cross_entropy's gradients times that of its result, in place.
+SCALE = _ROWS.table(
+    "linear_cross_entropy scaling", cpu="reference:scale", triton="triton.scale:scale", reference="reference:scale"
+)
 
 
 def _features() -> dict[str, CrossEntropySpec]:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from onepass.core.torch_compat import without_autocast
-from onepass.ops.cross_entropy.linear_plan import LinearPlan, plan, strips
+from onepass.ops.cross_entropy.carry import empty_lower
+from onepass.ops.cross_entropy.linear_plan import LinearPlan, now_strips, plan, strips
 from onepass.ops.cross_entropy.spec import loss_dtype
 
 _MULTIPLE = 128  # strips are whole tiles of a matrix product
@@ -64,12 +65,16 @@ def forward(
     cut = plan(x.device)
     rows, classes = x.shape[0], weight.shape[0]
     now = now and any(needs)
-    parts = strips(rows, classes * x.element_size(), cut.now_bytes if now else cut.rows_bytes, _MULTIPLE)
+    row_bytes, carried_bits = classes * x.element_size(), 0
+    if now:
+        parts, carried_bits = now_strips(rows, row_bytes, cut, weight, _MULTIPLE)
+    else:
+        parts = strips(rows, row_bytes, cut.rows_bytes, _MULTIPLE)
     loss = torch.empty(rows, dtype=loss_dtype(x.dtype), device=x.device)
     lse = torch.empty_like(loss)
     products = weight.to(x.dtype)
     shift = None if bias is None else bias.to(x.dtype)
-    gradients = _Gradients(x, weight, bias, needs, losses.carry, len(parts), cut) if now else None
+    gradients = _Gradients(x, weight, bias, needs, losses.carry, len(parts), cut, carried_bits) if now else None
     dloss = _rows_gradient(loss, target, losses.ignore_index, reduction) if now else loss
     logits = x.new_empty((parts[0][1] if parts else 0, classes))
     for start, end in parts:
@@ -141,11 +146,12 @@ class _Gradients:
         carry: Callable[..., None],
         count: int,
         cut: LinearPlan,
+        carried_bits: int,
     ) -> None:
         self.x = x
         self.need_dx, need_dweight, need_dbias = needs
         self.dx = torch.empty(x.shape if self.need_dx else 0, dtype=x.dtype, device=x.device)
-        self.dweight = _WeightGradient(weight, carry, count, cut) if need_dweight else None
+        self.dweight = _WeightGradient(weight, carry, count, cut, carried_bits) if need_dweight else None
         self.bias = bias if need_dbias else None
         sums = 0 if self.bias is None else self.bias.shape
         self.dbias = torch.zeros(sums, dtype=loss_dtype(x.dtype), device=x.device)
@@ -173,15 +179,16 @@ class _WeightGradient:
     and slices of classes pass through a small fp32 buffer.
     """
 
-    def __init__(self, weight: Tensor, carry: Callable[..., None], count: int, cut: LinearPlan) -> None:
+    def __init__(
+        self, weight: Tensor, carry: Callable[..., None], count: int, cut: LinearPlan, carried_bits: int
+    ) -> None:
         self.carry, self.count, self.seen = carry, count, 0
         make = torch.empty if count else torch.zeros
         self.result = make(weight.shape, dtype=weight.dtype, device=weight.device)
         self.direct = count <= 1 or weight.dtype.itemsize > 2
         if not self.direct:
             self.slices = strips(len(weight), 1, cut.weight_slice, _MULTIPLE)
-            kept = torch.uint8 if cut.carry_bytes == 3 else torch.int16
-            self.lower = torch.empty(weight.shape, dtype=kept, device=weight.device)
+            self.lower = empty_lower(weight, carried_bits)
             self.sums = weight.new_empty((self.slices[0][1], weight.shape[1]), dtype=torch.float32)
 
     def add(self, dlogits: Tensor, x: Tensor) -> None:

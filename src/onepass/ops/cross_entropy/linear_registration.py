@@ -3,6 +3,7 @@
 The forward returns the gradients of a mean or a sum beside it, for its own backward to scale; `now` asks for them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -109,6 +110,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: Tensors) -> None:
     ctx.mark_non_differentiable(scale, *gradients, *((lse,) if now else ()))
     if now:
         ctx.save_for_backward(*gradients)
+        ctx.facts = spec.linear_facts(*inputs[:-1])
     else:
         ctx.save_for_backward(x, weight, bias, target, lse, scale)
     ctx.options, ctx.reduction, ctx.now, ctx.backend = options, reduction, now, backend
@@ -121,13 +123,24 @@ def _differentiate(ctx: Any, dloss: Tensor | None, dlse: Tensor | None, *rest: A
     if dloss is None and dlse is None:
         return (None, None, None, *nothing)
     if ctx.now:
-        # Out of place: what the forward saved may be asked for again.
-        gradients = tuple(saved * dloss for saved in ctx.saved_tensors)
+        assert dloss is not None  # lse has no gradient then
+        gradients = _scaled(ctx.saved_tensors, dloss, ctx.facts, ctx.backend)
     else:
         *tensors, lse, scale = ctx.saved_tensors
         rows = rows_gradient(dloss, lse, scale, ctx.reduction)
         gradients = backward(rows, dlse, *tensors, lse, *ctx.options, *needs, ctx.backend)
     return (*(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *nothing)
+
+
+def _scaled(saved: Sequence[Tensor], dloss: Tensor, facts: tuple[Any, ...], backend: str) -> tuple[Tensor, ...]:
+    """The gradients that the forward has made for a dloss of 1, times dloss."""
+    plain = torch_compat.below_dispatcher(*saved, dloss) and not torch_compat.batched_gradient(dloss)
+    if not plain or torch_compat.graph_is_kept():  # what the forward saved may be asked for again
+        return tuple(gradient * dloss for gradient in saved)
+    scale = select(kernels.SCALE, facts, backend)
+    for gradient in saved:
+        scale(gradient, dloss)
+    return tuple(saved)
 
 
 backward = _Backward(

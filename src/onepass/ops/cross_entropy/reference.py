@@ -99,3 +99,8 @@ def _capped(logits: Tensor, softcap: float) -> tuple[Tensor, Tensor | None]:
         return x, None
     tanh = torch.tanh(x / softcap)
     return softcap * tanh, 1 - tanh.square()
+
+
+def scale(gradient: Tensor, by: Tensor) -> None:
+    """gradient times a number (), in place."""
+    gradient.mul_(by)

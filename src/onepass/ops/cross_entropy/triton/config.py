@@ -42,6 +42,18 @@ REDUCE = ReduceConfig()
 CARRY = CarryConfig()
 
 
+@dataclass(frozen=True)
+class ScaleConfig:
+    """span elements to a program: few programs, for the usual case that there is nothing to do."""
+
+    span: int = 1 << 17
+    block: int = 4096
+    num_warps: int = 8
+
+
+SCALE = ScaleConfig()
+
+
 def forward_rows(classes: int) -> CrossEntropyConfig | None:
     """None: the row is walked (FORWARD_WIDE)."""
     return None if classes > _WIDE else _whole_row(classes)
