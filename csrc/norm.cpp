@@ -59,6 +59,7 @@ struct Forward : RowOperation {
     for_vectors<SUMS>(begin, end, [&](int64_t i, int u, auto lane) __attribute__((always_inline)) {
       const vf difference = CENTER ? only(z(row, i, lane) - broadcast(mean), lane) : z(row, i, lane);
       squares[u] += difference * difference;
+      if (CENTER && !y.past_caches) __builtin_prefetch(y.data + row * a.columns + i, 1, 3);  // this pass leaves memory idle
     });
     return {mean, total(squares)};
   }
@@ -148,8 +149,10 @@ struct Backward : RowOperation {
     float *weight_sum = sums, *bias_sum = sums + a.columns;
     for_vectors<4>(begin, end, [&](int64_t i, int u, auto lane) __attribute__((always_inline)) {
       const Vectors v = vectors(row, i, lane);
-      fetch((const X*)a.x.data + (row + 1) * a.x.stride + i, u);
-      fetch((const DY*)a.dy.data + (row + 1) * a.dy.stride + i, u);
+      if (dx.past_caches) {  // smaller rows are in the caches already
+        fetch((const X*)a.x.data + (row + 1) * a.x.stride + i, u);
+        fetch((const DY*)a.dy.data + (row + 1) * a.dy.stride + i, u);
+      }
       if (a.dx) {
         vf result = v.g - v.xhat * mean_gx;
         if (CENTER) result = result - mean_g;
@@ -170,11 +173,11 @@ struct Backward : RowOperation {
     }
   }
 
-  void add_sums(const float* sums, int64_t threads, int64_t begin, int64_t end) const {
+  void add_sums(const float* sums, int64_t threads, int64_t size, int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; i++) {
       float weight = 0.f, bias = 0.f;
       for (int64_t n = 0; n < threads; n++) {
-        const float* of_thread = sums + n * column_sums * a.columns + i;
+        const float* of_thread = sums + n * size + i;
         weight += of_thread[0] + of_thread[2 * a.columns];
         bias += of_thread[a.columns] + of_thread[3 * a.columns];
       }

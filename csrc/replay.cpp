@@ -234,18 +234,20 @@ bool add_option(Key& key, Object* object) {
   return !py.error();
 }
 
-// A dense tensor with memory on `device_type` (-1: not known yet).
+// A dense tensor with memory (if it has elements) on `device_type` (-1: not known yet).
 bool add_tensor(Key& key, void* tensor, int32_t& device_type, void*& data) {
   int32_t device, layout, dtype;
   int64_t dim, *sizes, *strides;
   if (py.torch.get_device_type(tensor, &device) || py.torch.get_layout(tensor, &layout) || layout != TORCH_STRIDED ||
       (device != TORCH_CPU && device != TORCH_CUDA) || (device_type >= 0 && device != device_type) ||
       py.torch.get_dtype(tensor, &dtype) || py.torch.get_dim(tensor, &dim) || py.torch.get_sizes(tensor, &sizes) ||
-      py.torch.get_strides(tensor, &strides) || py.torch.get_data_ptr(tensor, &data) || !data)
+      py.torch.get_strides(tensor, &strides) || py.torch.get_data_ptr(tensor, &data))
     return false;
   device_type = device;
   key.add('T'), key.add(device), key.add(dtype), key.add(dim);
-  for (int64_t i = 0; i < dim; i++) key.add(sizes[i]), key.add(strides[i]);
+  bool empty = false;
+  for (int64_t i = 0; i < dim; i++) key.add(sizes[i]), key.add(strides[i]), empty = empty || sizes[i] == 0;
+  if (!data && !empty) return false;  // a stand-in of some kind
   key.add(reinterpret_cast<intptr_t>(data) & 15);
   return true;
 }

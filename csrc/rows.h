@@ -145,7 +145,7 @@ struct Output {
 // A row is reduced segment by segment, and the segments' results are combined in order. So sums are accurate, a segment's second pass
 // finds it in the first-level cache, and a row's result depends neither on the other rows nor on how threads share the work.
 constexpr int64_t SEGMENT = 4096;
-constexpr int64_t SMALL = 16384;  // elements that one thread does sooner than two
+constexpr int64_t SMALL = 32768;  // elements that one thread does sooner than two
 
 ONEPASS_INLINE int threads_for(int64_t elements, int64_t threads) { return elements <= SMALL ? 1 : (int)threads; }
 
@@ -169,26 +169,29 @@ struct RowOperation {
   static constexpr int64_t column_sums = 0;  // floats for each column, kept by a thread (and zero at first) over all its rows
   static constexpr int64_t rows_at_once = 64;  // rows after which flush is called
   void flush(float*) const {}
-  void add_sums(const float*, int64_t, int64_t, int64_t) const {}
+  void add_sums(const float*, int64_t, int64_t, int64_t, int64_t) const {}
 };
 
 // For every row: op.reduce on its segments, op.combine on what they gave, op.finish on its segments. Threads share the rows, or
-// the columns of few long rows. At the end op.add_sums on the column sums of all threads.
+// the columns of few long rows. At the end op.add_sums on the column sums of all threads, each `size` floats after the one before.
 template <class Op>
 int for_rows(const Op& op, int64_t rows, int64_t columns, int64_t num_threads) {
   typedef typename Op::Partial Partial;
   typedef typename Op::Totals Totals;
-  const int64_t segments = ceil_div(columns, SEGMENT), scratch_size = op.scratch * columns, sums_size = op.column_sums * columns;
+  const int64_t segments = ceil_div(columns, SEGMENT), scratch_size = round_up(op.scratch * columns, 32), sums_size = round_up(op.column_sums * columns, 32);
   const int threads = threads_for(rows * columns, num_threads);
   const bool by_columns = threads > 1 && segments > 1 && (rows < threads || (rows < 4 * threads && rows % threads != 0));
   const int64_t holders = by_columns ? 1 : threads;  // of partial results, scratch and sums
   const int64_t held_rows = by_columns ? rows : 1;
+  // Threads that write to one cache line, or to the pair of lines that is fetched together, wait for each other: each holder has its own.
+  constexpr int64_t APART = 128;
+  const int64_t partials_size = held_rows * segments + APART / (int64_t)sizeof(Partial) + 1;
   Workspace w;
   Partial* all_partials;
   Totals* all_totals;
   float *all_scratch, *all_sums;
   for (int pass = 0; pass < 2; pass++) {
-    all_partials = w.take<Partial>(holders * held_rows * segments);
+    all_partials = w.take<Partial>(holders * partials_size);
     all_totals = w.take<Totals>(held_rows);
     all_scratch = w.take<float>(holders * held_rows * scratch_size);
     all_sums = w.take<float>(holders * sums_size);
@@ -209,7 +212,7 @@ int for_rows(const Op& op, int64_t rows, int64_t columns, int64_t num_threads) {
           memset(all_sums + n * columns + s * SEGMENT, 0, sizeof(float) * (size_t)(segment_end(s) - s * SEGMENT));
         for (int64_t row = 0; row < rows; row++)
           op.finish(row, s * SEGMENT, segment_end(s), all_totals[row], all_scratch + row * scratch_size, all_sums);
-        op.add_sums(all_sums, 1, s * SEGMENT, segment_end(s));
+        op.add_sums(all_sums, 1, sums_size, s * SEGMENT, segment_end(s));
       }
       finish_stores();
     });
@@ -217,11 +220,11 @@ int for_rows(const Op& op, int64_t rows, int64_t columns, int64_t num_threads) {
   }
   in_parallel(threads, [&] {
     const int64_t thread = threads == 1 ? 0 : omp_get_thread_num(), team = threads == 1 ? 1 : omp_get_num_threads();
-    Partial* partials = all_partials + thread * segments;
+    Partial* partials = all_partials + thread * partials_size;
     float *scratch = all_scratch + thread * scratch_size, *sums = all_sums + thread * sums_size;
     if (sums_size) memset(sums, 0, sizeof(float) * (size_t)sums_size);
     int64_t since_flush = 0;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++) {
       for (int64_t s = 0; s < segments; s++) partials[s] = op.reduce(row, s * SEGMENT, segment_end(s), scratch);
       const Totals totals = op.combine(row, partials, segments);
@@ -232,8 +235,9 @@ int for_rows(const Op& op, int64_t rows, int64_t columns, int64_t num_threads) {
       }
     }
     if (Op::column_sums) {
-#pragma omp for schedule(static)
-      for (int64_t s = 0; s < segments; s++) op.add_sums(all_sums, team, s * SEGMENT, segment_end(s));
+#pragma omp barrier
+#pragma omp for schedule(static) nowait
+      for (int64_t s = 0; s < segments; s++) op.add_sums(all_sums, team, sums_size, s * SEGMENT, segment_end(s));
     }
     finish_stores();
   });

@@ -175,6 +175,14 @@ ONEPASS_INLINE vf load(const f16* p) {
 ONEPASS_INLINE void store(bf16* p, vf v) {
 #if ONEPASS_BF16_DOT
   _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#elif ONEPASS_VW == 16
+  // As below in 6 instructions where operators take 10: masks add the tie's bit and choose NaN, one permutation takes the upper halves.
+  const __m512i u = (__m512i)v, low = _mm512_set1_epi32(0x7fff);
+  const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000)), nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  const __m512i even = _mm512_add_epi32(u, low), tied = _mm512_mask_sub_epi32(even, odd, even, _mm512_set1_epi32(-1));
+  const __m512i rounded = _mm512_mask_or_epi32(tied, nan, u, _mm512_set1_epi32(0x400000));
+  const __m512i upper = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  _mm256_storeu_si256((__m256i*)p, _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, rounded)));
 #else
   const vi u = (vi)v;
   const vi rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;

@@ -80,8 +80,10 @@ struct Backward : RowOperation {
   }
   __attribute__((always_inline)) void finish(int64_t row, int64_t begin, int64_t end, float sum, const float*, float*) const {
     for_vectors<4>(begin, end, [&](int64_t i, int u, auto lane) __attribute__((always_inline)) {
-      fetch(y(row + 1) + i, u);
-      fetch(dy(row + 1) + i, u);
+      if (dx.past_caches) {  // smaller rows are in the caches already
+        fetch(y(row + 1) + i, u);
+        fetch(dy(row + 1) + i, u);
+      }
       dx.put(row * a.columns + i, load(y(row) + i, lane) * (load(dy(row) + i, lane) - broadcast(sum)), lane);
     });
   }

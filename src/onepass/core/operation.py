@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from onepass.core import torch_compat
 from onepass.core.registry import KernelTable, select
+from onepass.core.replay import PlainCalls
 
 Call = tuple[Any, ...]
 
@@ -47,8 +49,16 @@ class Operation:
             facts(*args[:-1])
             return fake(*args[:-1])
 
-        self.op = register(
-            schema, self.body, checked_fake, public=public, save=save, differentiate=differentiate, refusal=refusal
+        self._plain = PlainCalls(table, self.body, self._dispatched)
+        self.op, self._recorded = _register(
+            schema,
+            self.body,
+            checked_fake,
+            public=public,
+            save=save,
+            differentiate=differentiate,
+            refusal=refusal,
+            plain=self._plain,
         )
 
     def body(self, *args: Any) -> Any:
@@ -56,26 +66,42 @@ class Operation:
         call = args[:-1]
         return select(self.table, self.facts(*call), args[-1])(*call)
 
-    def __call__(self, *args: Any) -> Any:
-        """Through the dispatcher."""
+    def _dispatched(self, *args: Any) -> Any:
         return self.op(*args)
 
+    def __call__(self, *args: Any) -> Any:
+        """Through the dispatcher, where it has anything to add but autograd."""
+        if torch.compiler.is_compiling():
+            return self.op(*args)
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if any(map(torch_compat.batched_gradient, tensors)):
+            return self.op(*args)
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            return self._plain(*args)
+        return (self._recorded if torch_compat.only_autograd(*tensors) else self.op)(*args)
 
-def register(
+
+def register(schema: str, body: Callable[..., Any], fake: Callable[..., Any], **rest: Any) -> Any:
+    """Defines an operation and registers all of it; what a call of it goes through. `body` and `fake` check.
+
+    The rest is as in `Operation`; `vmap_advice` says what to do in the place of a torch.vmap.
+    """
+    return _register(schema, body, fake, plain=body, **rest)[0]
+
+
+def _register(
     schema: str,
     body: Callable[..., Any],
     fake: Callable[..., Any],
     *,
+    plain: Callable[..., Any],
     public: str,
     save: Callable[[Any, Call, Any], None] | None = None,
     differentiate: Callable[..., tuple[Any, ...]] | None = None,
     refusal: str = "",
     vmap_advice: str = "make the mapped dimension a leading dimension of x",
-) -> Any:
-    """Defines an operation and registers all of it; what a call of it goes through. `body` and `fake` check.
-
-    The rest is as in `Operation`; `vmap_advice` says what to do in the place of a torch.vmap.
-    """
+) -> tuple[Any, Callable[..., Any]]:
+    """The operation, and what records the gradient of a call and does the call by `plain`."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     op = getattr(torch.ops.onepass, name).default
@@ -86,8 +112,7 @@ def register(
         refusal = refusal or f"onepass.{public} has no second derivative (create_graph=True)"
         save, differentiate = _save_nothing, _refuses_gradient(refusal)
     assert save is not None
-    torch_compat.register_autograd(LIBRARY, op, save, differentiate)
-    return op
+    return op, torch_compat.register_autograd(LIBRARY, op, plain, save, differentiate)
 
 
 def _save_nothing(ctx: Any, inputs: Call, outputs: Any) -> None:

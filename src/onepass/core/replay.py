@@ -230,18 +230,24 @@ def _plan(inputs: Sequence[Tensor], watch: _Watch, seen: Sequence[Launch | None]
     launches = [launch for launch in seen if launch is not None]
     if not watch.only_allocates or len(launches) != len(seen):
         return b""
+    results = (result,) if isinstance(result, Tensor) else result
+    if not all(isinstance(x, Tensor) for x in results):
+        return b""
     made = [x for x in watch.made if x.numel()]
+    indices = {x.data_ptr(): i for i, x in enumerate(made)}
+    empty = [x for x in results if not x.numel()]  # they have no addresses to tell them by, and nobody writes to them
     device = inputs[0].device
-    if any(x.device != device for x in made):
+    if any(x.device != device for x in (*made, *empty)):
         return b""
     tensors = [*inputs, *made]
-    places = {x.data_ptr(): i for i, x in enumerate(tensors)}
-    results = (result,) if isinstance(result, Tensor) else result
-    indices = {x.data_ptr(): i for i, x in enumerate(made)}
-    if len(places) != len(tensors) or not all(_is_one_of(x, made, indices) for x in results):
+    with_memory = [(i, x) for i, x in enumerate(tensors) if x.numel()]
+    places = {x.data_ptr(): i for i, x in with_memory}
+    if len(places) != len(with_memory) or not all(_is_one_of(x, made, indices) for x in results if x.numel()):
         return b""
+    next_empty = itertools.count(len(made))
     words: list[int] = [_CPU if device.type == "cpu" else _CUDA, isinstance(result, Tensor)]
-    words += _vector([indices[x.data_ptr()] for x in results])
+    words += _vector([indices[x.data_ptr()] if x.numel() else next(next_empty) for x in results])
+    made += empty
     words.append(len(made))
     numbers = torch_compat.DTYPE_NUMBERS
     for x, as_returned in ((x, _returned_as(x, results)) for x in made):
@@ -259,14 +265,16 @@ def _plan(inputs: Sequence[Tensor], watch: _Watch, seen: Sequence[Launch | None]
     return struct.pack(f"={len(words)}q", *words)
 
 
-def _is_one_of(x: Any, made: Sequence[Tensor], indices: dict[int, int]) -> bool:
+def _is_one_of(x: Tensor, made: Sequence[Tensor], indices: dict[int, int]) -> bool:
     """Whether x is a whole allocation, perhaps with another shape."""
-    index = indices.get(x.data_ptr()) if isinstance(x, Tensor) and x.numel() else None
+    index = indices.get(x.data_ptr())
     return index is not None and x.numel() == made[index].numel() and x.is_contiguous()
 
 
 def _returned_as(x: Tensor, results: Sequence[Tensor]) -> Tensor:
     """The result that has this allocation's memory; else the allocation itself."""
+    if not x.numel():
+        return x
     return next((result for result in results if result.data_ptr() == x.data_ptr()), x)
 
 
