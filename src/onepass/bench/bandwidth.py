@@ -48,6 +48,9 @@ def memory_bandwidth(
     return result.value
 
 
+ONE_EACH = 0  # a program for each block: small ones copy fastest on an H200
+
+
 class GpuMemory:
     """Two buffers of one size on the current GPU, and how fast our kernels read the one or copy it to the other."""
 
@@ -57,10 +60,13 @@ class GpuMemory:
         self.clock = timing.DeviceClock(seconds)
 
     def bandwidth(self, access: str, blocks: int, block_size: int) -> float:
-        """GB/s of `blocks` programs that take blocks of `block_size` bytes, a power of two, in turn."""
+        """GB/s of `blocks` programs (ONE_EACH: as many as there are blocks) that take blocks of `block_size` bytes, a
+        power of two, in turn.
+        """
         from onepass.bench import bandwidth_triton
 
         elements = block_size // 4
+        blocks = blocks or self.source.numel() // elements
         call: Callable[[], object]
         if access == "read":
             results = torch.empty(blocks, dtype=torch.int32, device="cuda")
@@ -77,7 +83,7 @@ class GpuMemory:
 class Sweep:
     """What to measure: every combination. Sizes are in bytes; a copy has two buffers of `size`.
 
-    blocks: threads on the CPU, programs on a GPU.
+    blocks: threads on the CPU; on a GPU programs, or ONE_EACH.
     """
 
     device: str
@@ -88,7 +94,13 @@ class Sweep:
 
     def __post_init__(self) -> None:
         lists = (self.sizes, self.blocks, self.block_sizes)
-        if not all(lists) or min(map(min, lists)) < 1 or min(self.sizes) < max(self.block_sizes):
+        least = ONE_EACH if self.device == "cuda" else 1
+        if (
+            not all(lists)
+            or min(*self.sizes, *self.block_sizes) < 1
+            or min(self.blocks) < least
+            or min(self.sizes) < max(self.block_sizes)
+        ):
             raise ValueError(
                 f"sizes {self.sizes}, blocks {self.blocks} and block sizes {self.block_sizes} must be positive, and "
                 f"every size at least the largest block size"
@@ -108,7 +120,7 @@ def default_sweep(device: str, num_threads: int) -> Sweep:
             device,
             ("read", "copy"),
             sizes=tuple(1 << n for n in (24, 26, 28, 30, 32)),
-            blocks=tuple(multiprocessors() * n for n in (1, 2, 4, 8, 16, 32)),
+            blocks=(ONE_EACH, *(multiprocessors() * n for n in (1, 2, 4, 8, 16, 32))),
             block_sizes=tuple(1 << n for n in (12, 13, 14, 15, 16)),
         )
     threads = sorted({1, num_threads, *(1 << n for n in range(8) if 1 << n < num_threads)})
@@ -124,8 +136,8 @@ def default_sweep(device: str, num_threads: int) -> Sweep:
 def roof_sweep(device: str, num_threads: int) -> Sweep:
     """What `roofline` takes the best of."""
     if device == "cuda":
-        blocks = tuple(multiprocessors() * n for n in (8, 16, 32))
-        return Sweep(device, ("read", "copy"), (ROOF_SIZE[device],), blocks, (1 << 13, 1 << 14, 1 << 15))
+        blocks = (ONE_EACH, multiprocessors() * 16)
+        return Sweep(device, ("read", "copy"), (ROOF_SIZE[device],), blocks, (1 << 12, 1 << 13, 1 << 14))
     return Sweep(device, tuple(ACCESSES), (ROOF_SIZE[device],), (num_threads,), (CPU_BLOCK,))
 
 

@@ -1,6 +1,7 @@
 """The roof of memory-bound operations on a GPU: kernels that only read, and that only copy, with nothing to compute.
 
-Persistent: `blocks` programs share the memory, each takes blocks of BLOCK elements in turn.
+`blocks` programs share the memory; each takes blocks of BLOCK elements in turn, which is one where there are as many
+programs as blocks.
 """
 
 import triton

@@ -217,7 +217,13 @@ def _draw(console: Console, result: dict[str, Any], stem: str) -> None:
 @click.command(BANDWIDTH)
 @_DEVICE
 @click.option("--size", "sizes", multiple=True, type=int, metavar="BYTES", help="Memory that is read or copied.")
-@click.option("--blocks", multiple=True, type=int, metavar="N", help="Threads on the CPU, programs on a GPU.")
+@click.option(
+    "--blocks",
+    multiple=True,
+    type=int,
+    metavar="N",
+    help="Threads on the CPU; on a GPU programs, 0: one for each block.",
+)
 @click.option("--block-size", "block_sizes", multiple=True, type=int, metavar="BYTES", help="What one takes at a time.")
 @_THREADS
 @_OUT
