@@ -218,6 +218,22 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(tensor.device.type)
 
 
+_X86 = getattr(torch.cpu, "_is_avx2_supported", lambda: False)()
+_FAST_HALVES = {
+    torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+    torch.float16: ("_is_amx_fp16_supported",),
+}
+_SLOW_HALVES = {
+    dtype: _X86 and not any(getattr(torch.cpu, name, lambda: True)() for name in names)
+    for dtype, names in _FAST_HALVES.items()
+}
+
+
+def multiplies_slowly(x: Tensor) -> bool:
+    """Whether torch.mm in x's dtype takes longer than in fp32: x86 without instructions for it (bf16: 4 times)."""
+    return x.is_cpu and _SLOW_HALVES.get(x.dtype, False)
+
+
 @contextmanager
 def without_autocast() -> Iterator[None]:
     """Inside, and in functions that it decorates, PyTorch's operations keep their inputs' dtypes."""
