@@ -194,7 +194,7 @@ def register_autograd(
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     library.impl(op._schema.name.partition("::")[2], autograd, "Autograd", with_keyset=True)
-    return Direct.apply
+    return super(torch.autograd.Function, Direct).apply  # without its questions about functorch: 2 us
 
 
 def refuse_transforms(op: Any, args: tuple[Any, ...]) -> None:
@@ -215,6 +215,22 @@ def autocast_enabled(tensor: Tensor) -> bool:
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(tensor.device.type)
+
+
+_X86 = getattr(torch.cpu, "_is_avx2_supported", lambda: False)()
+_FAST_HALVES = {
+    torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+    torch.float16: ("_is_amx_fp16_supported",),
+}
+_SLOW_HALVES = {
+    dtype: _X86 and not any(getattr(torch.cpu, name, lambda: True)() for name in names)
+    for dtype, names in _FAST_HALVES.items()
+}
+
+
+def multiplies_slowly(x: Tensor) -> bool:
+    """Whether torch.mm in x's dtype takes longer than in fp32: x86 without instructions for it (bf16: 4 times)."""
+    return x.is_cpu and _SLOW_HALVES.get(x.dtype, False)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onepass.core import torch_compat
 from onepass.core.torch_compat import without_autocast
 from onepass.ops.cross_entropy.carry import empty_lower
 from onepass.ops.cross_entropy.linear_plan import LinearPlan, now_strips, plan, strips
@@ -65,20 +66,21 @@ def forward(
     cut = plan(x.device)
     rows, classes = x.shape[0], weight.shape[0]
     now = now and any(needs)
-    row_bytes, carried_bits = classes * x.element_size(), 0
+    wide = _for_products(x)
+    row_bytes, carried_bits = classes * wide.element_size(), 0
     if now:
         parts, carried_bits = now_strips(rows, row_bytes, cut, weight, _MULTIPLE)
     else:
         parts = strips(rows, row_bytes, cut.rows_bytes, _MULTIPLE)
     loss = torch.empty(rows, dtype=loss_dtype(x.dtype), device=x.device)
     lse = torch.empty_like(loss)
-    products = weight.to(x.dtype)
-    shift = None if bias is None else bias.to(x.dtype)
-    gradients = _Gradients(x, weight, bias, needs, losses.carry, len(parts), cut, carried_bits) if now else None
+    products = weight.to(x.dtype).to(wide.dtype)
+    shift = None if bias is None else bias.to(x.dtype).to(wide.dtype)
+    gradients = _Gradients(x, wide, weight, bias, needs, losses.carry, len(parts), cut, carried_bits) if now else None
     dloss = _rows_gradient(loss, target, losses.ignore_index, reduction) if now else loss
     logits = x.new_empty((parts[0][1] if parts else 0, classes))
     for start, end in parts:
-        strip = _logits(x[start:end], products, shift, logits[: end - start])
+        strip = _logits(wide[start:end], products, shift, logits[: end - start])
         loss[start:end], lse[start:end] = losses.rows(strip, target[start:end])
         if gradients is not None:
             strip = losses.gradient(dloss[start:end], None, strip, target[start:end], lse[start:end])
@@ -110,19 +112,21 @@ def backward(
     make = torch.empty if rows else torch.zeros
     dweight = make(weight.shape, dtype=weight.dtype, device=x.device) if need_dweight else x.new_empty(0)
     dbias = torch.zeros_like(bias) if need_dbias and bias is not None else x.new_empty(0)
-    parts = strips(classes, rows * x.element_size(), plan(x.device).classes_bytes, _MULTIPLE) if rows else []
+    wide = _for_products(x)
+    parts = strips(classes, rows * wide.element_size(), plan(x.device).classes_bytes, _MULTIPLE) if rows else []
     memory = logits = dlogits = x.new_empty(rows * (parts[0][1] if parts else 0))
     for start, end in parts:
-        products = weight[start:end].to(x.dtype)
+        products = weight[start:end].to(x.dtype).to(wide.dtype)
         logits = memory[: rows * (end - start)].view(rows, end - start)
-        _logits(x, products, None if bias is None else bias[start:end].to(x.dtype), logits)
+        _logits(wide, products, None if bias is None else bias[start:end].to(x.dtype).to(wide.dtype), logits)
         dlogits = losses.gradient(dloss, dlse, logits, target, lse, start, classes)
-        if need_dweight:
-            _product(dlogits.T, x, dweight[start:end])
-        if need_dx:
-            _add_product(dx, dlogits, products)
         if need_dbias:
             dbias[start:end] = dlogits.sum(0, dtype=loss_dtype(x.dtype))
+        dlogits = dlogits.to(wide.dtype)
+        if need_dweight:
+            _product(dlogits.T, wide, dweight[start:end])
+        if need_dx:
+            _add_product(dx, dlogits, products)
     del memory, logits, dlogits  # before dx is converted
     return dx.to(x.dtype) if need_dx else dx, dweight, dbias
 
@@ -140,6 +144,7 @@ class _Gradients:
     def __init__(
         self,
         x: Tensor,
+        wide: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         needs: Needs,
@@ -148,7 +153,7 @@ class _Gradients:
         cut: LinearPlan,
         carried_bits: int,
     ) -> None:
-        self.x = x
+        self.x = wide
         self.need_dx, need_dweight, need_dbias = needs
         self.dx = torch.empty(x.shape if self.need_dx else 0, dtype=x.dtype, device=x.device)
         self.dweight = _WeightGradient(weight, carry, count, cut, carried_bits) if need_dweight else None
@@ -157,17 +162,18 @@ class _Gradients:
         self.dbias = torch.zeros(sums, dtype=loss_dtype(x.dtype), device=x.device)
 
     def add(self, dlogits: Tensor, products: Tensor, start: int, end: int) -> None:
-        if self.need_dx:
-            torch.mm(dlogits, products, out=self.dx[start:end])
-        if self.dweight is not None:
-            self.dweight.add(dlogits, self.x[start:end])
         if self.bias is not None:
             self.dbias += dlogits.sum(0, dtype=self.dbias.dtype)
+        dlogits = dlogits.to(self.x.dtype)
+        if self.need_dx:
+            _product(dlogits, products, self.dx[start:end])
+        if self.dweight is not None:
+            self.dweight.add(dlogits, self.x[start:end])
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         return (
             self.dx,
-            self.x.new_empty(0) if self.dweight is None else self.dweight.result,
+            self.dx.new_empty(0) if self.dweight is None else self.dweight.result,
             self.dbias if self.bias is None else self.dbias.to(self.bias.dtype),
         )
 
@@ -209,7 +215,14 @@ class _WeightGradient:
 # Products: inputs of one dtype, fp32 inside.
 
 
+def _for_products(x: Tensor) -> Tensor:
+    """x as the products take it: in fp32 where its own dtype would be slow. What they give is rounded to x's dtype."""
+    return x.float() if torch_compat.multiplies_slowly(x) else x
+
+
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    if out.dtype is not x.dtype:
+        return out.copy_(torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T))
     if bias is None:
         return torch.mm(x, weight.T, out=out)
     return torch.addmm(bias, x, weight.T, out=out)
