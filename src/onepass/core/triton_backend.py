@@ -83,8 +83,10 @@ class Launcher:
     than 32 bits).
     """
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, most_registers: int | None = None) -> None:
+        """`most_registers` of a thread, on NVIDIA GPUs: fewer let more programs run at once."""
         self.kernel = kernel
+        self.nvidia_options = {} if most_registers is None else {"maxnreg": most_registers}
         self._compiled: dict[Any, Any] = {}
         self._kinds: dict[Any, Any] = {}  # Triton's own objects of the same
 
@@ -143,7 +145,8 @@ class Launcher:
         describe: Callable[[], Description],
     ) -> None:
         arguments, constants, num_warps = describe()
-        compiled = self.kernel[grid](*arguments, **constants, num_warps=num_warps)
+        more = self.nvidia_options if device.type == "cuda" and torch.version.hip is None else {}
+        compiled = self.kernel[grid](*arguments, **constants, num_warps=num_warps, **more)
         if known is None and device.type == "cuda":
             values = tuple(constants.values())
             self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, values

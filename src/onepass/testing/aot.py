@@ -58,6 +58,7 @@ class Launch:
     arguments: Sequence[Any]
     constants: Mapping[str, Any]
     options: Mapping[str, Any]
+    nvidia_options: Mapping[str, Any]
 
     @property
     def name(self) -> str:
@@ -88,7 +89,7 @@ def _recording(add: Callable[[Launch], Any]) -> Iterator[None]:
         describe: Callable[[], Description],
     ) -> None:
         arguments, constants, num_warps = describe()
-        add(Launch(self.kernel, tuple(arguments), dict(constants), {"num_warps": num_warps}))
+        add(Launch(self.kernel, tuple(arguments), dict(constants), {"num_warps": num_warps}, self.nvidia_options))
 
     ordinary = Launcher.__call__
     Launcher.__call__ = record  # type: ignore[method-assign]
@@ -106,16 +107,31 @@ def compiled(launch: Launch, target: str) -> str:
 
     backend, arch, warp = TARGETS[target]
     signature, constants, attributes = _signature(launch)
-    options = dict(launch.options)
+    options = {**launch.options, **(launch.nvidia_options if backend == "cuda" else {})}
     options["num_warps"] = min(options.get("num_warps", 4), _MOST_THREADS // warp)
-    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+    gpu = GPUTarget(backend, arch, warp)
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope(), _active(gpu):
         triton.knobs.cache.dir = folder  # a hit in the user's cache would compile nothing
-        kernel = triton.compile(
-            ASTSource(launch.kernel, signature, constants, attributes),
-            target=GPUTarget(backend, arch, warp),
-            options=options,
-        )
+        source = ASTSource(launch.kernel, signature, constants, attributes)
+        kernel = triton.compile(source, target=gpu, options=options)
         return str(kernel.asm["ptx" if backend == "cuda" else "amdgcn"])
+
+
+@contextmanager
+def _active(target: Any) -> Iterator[None]:
+    """Inside, device functions that ask for the GPU there is (target_info.is_cuda) find this one."""
+    from triton.runtime import driver
+
+    class Stub:
+        def get_current_target(self) -> Any:
+            return target
+
+    before = driver._active
+    driver.set_active(Stub())
+    try:
+        yield
+    finally:
+        driver._active = before
 
 
 def assert_every_kernel_compiles(package: str, launches: Sequence[Launch]) -> None:

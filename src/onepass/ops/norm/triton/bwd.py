@@ -29,6 +29,7 @@ def _rows_bwd_kernel(
     rows, columns, stride_dy, stride_dresidual, stride_x, offset,
     CENTER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DRESIDUAL: tl.constexpr, NEED_DX: tl.constexpr,
     NEED_DWEIGHT: tl.constexpr, NEED_DBIAS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     col = tl.arange(0, BLOCK_COLS)[None, :]
@@ -37,7 +38,7 @@ def _rows_bwd_kernel(
     dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     # Staged: the next tiles travel to shared memory while this one is worked on.
-    for start in tl.range(program * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS, num_stages=3):
+    for start in tl.range(program * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_ROWS)[:, None].to(tl.int64)
         mask = (row < rows) & (col < columns)
         xhat = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
@@ -213,7 +214,7 @@ def backward(
     if whole:
         config = backward_rows(columns)
         partials = programs = min(-(-rows // config.block_rows), config.programs_per_sm * sms)
-        cut = {"BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols}
+        cut = {"BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols, "STAGES": config.stages}
         num_warps, more = config.num_warps, []
     else:
         block_cols = columns if interpreted(x.device) else BACKWARD_WIDE.block_cols  # programs run one after the other

@@ -1,8 +1,8 @@
 """rms_norm and layer_norm on GPUs, forward.
 
 Rows up to 16384 columns are one tile in registers. Wider ones are held in registers too, step by step and in their own
-dtype, as long as they fit (65536 columns of bf16): read once, written once. Beyond that a row is walked twice, first
-for its statistics and then to be normalised; the second walk finds most of it in the cache.
+dtype, as long as they fit (65536 columns of bf16): read once, written once. Beyond that, and sooner where it is faster,
+a row is walked twice, first for its statistics and then to be normalised; the second walk finds it in the cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from onepass.core.rows import as_row, as_rows, empty_rows
 from onepass.core.triton_backend import Description, Launcher, aligned, most_warps, pointer
 from onepass.core.triton_functions import unlike
 from onepass.ops.norm.spec import statistics_dtype, sum_dtype
-from onepass.ops.norm.triton.config import FORWARD_WIDE, LARGEST_TILE, forward_held, forward_rows
+from onepass.ops.norm.triton.config import FORWARD_WIDE, LARGEST_TILE, forward_held, forward_rereads, forward_rows
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def _wide_fwd_kernel(
     for start in tl.range(0, columns, BLOCK_COLS):
         col = start + tl.arange(0, BLOCK_COLS)
         mask = col < columns
-        z = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
         if HAS_RESIDUAL:
             z += tl.load(residual_ptr + row * stride_residual + col, mask=mask, other=0.0).to(tl.float32)
             rounded = z.to(residual_out_ptr.dtype.element_ty)
@@ -237,11 +237,14 @@ def _launch(
         tensors = (x, residual, weight, bias, y, residual_out, mean, rstd)
         return (*tensors, *scalars), constants | cut, num_warps
 
-    if columns <= LARGEST_TILE:
+    rereads = residual is None and forward_rereads(columns, center)
+    if columns <= LARGEST_TILE and not rereads:
         config = forward_rows(columns, center)
         cut, num_warps = {"BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols}, config.num_warps
         kernel, programs = _rows_fwd, -(-rows // config.block_rows)
-    elif (held := forward_held(columns, (x if residual_out is None else residual_out).itemsize, center)) is not None:
+    elif not rereads and (
+        held := forward_held(columns, (residual_out if residual_out is not None else x).itemsize, center)
+    ):
         cut, num_warps = (
             {"BLOCK_COLS": held.block_cols, "STEPS": -(-columns // held.block_cols)},
             min(held.num_warps, most_warps(x.device)),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from onepass.core.triton_backend import Description, Launcher, aligned, pointer, specialised
 from onepass.ops.rope.spec import require_positions_in_table
-from onepass.ops.rope.triton.config import forward_config
+from onepass.ops.rope.triton.config import MOST_REGISTERS, forward_config
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def _fwd_kernel(
         )  # fmt: skip
 
 
-_fwd = Launcher(_fwd_kernel)
+_fwd = Launcher(_fwd_kernel, MOST_REGISTERS)
 
 
 def forward(

@@ -56,7 +56,9 @@ def held(columns: int, itemsize: int) -> bool:
 
 def backward_config(columns: int) -> SoftmaxConfig | None:
     """None: the row is shared (BACKWARD_WIDE)."""
-    return None if columns > _BACKWARD_WHOLE_ROW else _whole_row(columns, elements_per_thread=16)
+    if columns > _BACKWARD_WHOLE_ROW:
+        return None
+    return _whole_row(columns, elements_per_thread=8 if 2048 < columns <= 4096 else 16)
 
 
 def _whole_row(columns: int, elements_per_thread: int) -> SoftmaxConfig:
