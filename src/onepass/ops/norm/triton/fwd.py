@@ -20,6 +20,12 @@ from onepass.ops.norm.triton.config import FORWARD_WIDE, LARGEST_TILE, forward_h
 
 
 @triton.jit
+def _over(total, columns):
+    """total / columns, rounded correctly, so that the mean of equal values is that value and they come out as 0."""
+    return tl.div_rn(total, tl.full(total.shape, 0.0, tl.float32) + columns)
+
+
+@triton.jit
 def _affine(y, weight_ptr, bias_ptr, cols, mask, offset, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
     if HAS_WEIGHT:
         y *= tl.load(weight_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32) + offset
@@ -45,7 +51,7 @@ def _rows_fwd_kernel(
         tl.store(residual_out_ptr + row * columns + col, rounded, mask=mask)
         z = rounded.to(tl.float32)
     if CENTER:
-        mean = tl.sum(z, 1, keep_dims=True) / columns
+        mean = _over(tl.sum(z, 1, keep_dims=True), columns)
         z = tl.where(mask, z - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(z * z, 1, keep_dims=True) / columns + eps)
     y = _affine(z * rstd, weight_ptr, bias_ptr, col, col < columns, offset, HAS_WEIGHT, HAS_BIAS)
@@ -84,7 +90,7 @@ def _held_fwd_kernel(
             lane_square += wide * wide
     mean = 0.0
     if CENTER:
-        mean = tl.sum(lane_sum, 0) / columns
+        mean = _over(tl.sum(lane_sum, 0), columns)
         for step in tl.static_range(STEPS):
             wide = unlike(held[step], zero).to(tl.float32)
             deviation = tl.where(step * BLOCK_COLS + lane < columns, wide - mean, 0.0)
@@ -134,7 +140,7 @@ def _wide_fwd_kernel(
     if CENTER:
         lane = tl.arange(0, BLOCK_COLS)
         count = (columns - lane + BLOCK_COLS - 1) // BLOCK_COLS  # columns that the lane has seen
-        mean = tl.sum(lane_mean * count, 0) / columns
+        mean = _over(tl.sum(lane_mean * count, 0), columns)
         between = lane_mean - mean
         variance = tl.sum(lane_square + count * between * between, 0) / columns
     else:
