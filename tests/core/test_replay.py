@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -197,6 +199,52 @@ def test_copies_are_never_planned(device: str, generator: torch.Generator) -> No
     for _ in range(_SEEN + 1):
         x.add_(1.0).mul_(1.1)
         torch.testing.assert_close(onepass.softmax(x), torch.softmax(x, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype, device: str, generator: torch.Generator) -> None:
+    """Neither what a kernel fills nor what a plan allocates is of the default dtype."""
+    x, weight, bias = (torch.randn(shape, generator=generator).to(device) for shape in ((64, 48), (48,), (48,)))
+    target = torch.randint(48, (64,), generator=generator).to(device)
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    functional = torch.nn.functional
+
+    def call(inputs: list[Tensor], ours: bool) -> list[Tensor]:
+        if ours:
+            return [onepass.layer_norm(*inputs), onepass.cross_entropy(inputs[0], target), onepass.softmax(inputs[0])]
+        normed = functional.layer_norm(inputs[0], (48,), *inputs[1:])
+        return [normed, functional.cross_entropy(inputs[0], target), torch.softmax(inputs[0], -1)]
+
+    def gradients(outputs: list[Tensor]) -> tuple[Tensor, ...]:
+        directions = [torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=device).view(y.shape) for y in outputs]
+        return torch.autograd.grad(outputs, leaves, directions)
+
+    expected, wanted = call([x, weight, bias], False), gradients(call(leaves, False))
+    before = torch.get_default_dtype()
+    try:
+        for default in (dtype, before):
+            torch.set_default_dtype(default)
+            for _ in range(_SEEN + 1):
+                for out, other in zip(call([x, weight, bias], True), expected, strict=True):
+                    torch.testing.assert_close(out, other, rtol=1e-4, atol=1e-5)
+                for grad, other in zip(gradients(call(leaves, True)), wanted, strict=True):
+                    torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_watching_a_call_imports_nothing_large() -> None:
+    code = (
+        "import sys, torch, onepass\n"
+        "for _ in range(4): onepass.softmax(torch.ones(2, 8))\n"
+        "assert 'torch._dynamo.eval_frame' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_grad_fn_names_the_operation(device: str) -> None:
+    assert "softmax" in str(onepass.softmax(torch.ones(2, 8, device=device, requires_grad=True)).grad_fn)
 
 
 def test_forget_drops_the_plans(ordinary: Ordinary, device: str) -> None:

@@ -22,6 +22,7 @@ _X, _WEIGHT = torch.zeros(4, 3), torch.zeros(7, 3)
         ({"softcap": -1.0}, ValueError, "softcap must be at least 0"),
         ({"softcap": "3"}, TypeError, "softcap must be a number, got str"),
         ({"ignore_index": 1.0}, TypeError, r"ignore_index must be an int, got 1\.0"),
+        ({"ignore_index": 2**63}, ValueError, r"ignore_index must fit into 64 bits, as targets do, got 9223"),
         ({"return_lse": 1}, TypeError, "return_lse must be True or False"),
         ({"weight": torch.ones(7)}, TypeError, "class weights are not supported"),
         ({"logit_softcapping": 3.0}, TypeError, "use softcap="),

@@ -128,3 +128,31 @@ def test_gradients_may_be_asked_for_again(backend: str, device: str, generator: 
     second = torch.autograd.grad(loss, (x, weight), torch.tensor(6.0, device=device))
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(2 * a, b)
+
+
+def _small(device: str, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = (torch.randn(n, 8, generator=generator).to(device).requires_grad_() for n in (9, 20))
+    return x, weight, torch.arange(9, device=device)
+
+
+def test_gradients_that_others_hold_are_not_scaled_in_place(
+    backend: str, device: str, generator: torch.Generator
+) -> None:
+    x, weight, target = _small(device, generator)
+    options = (-100, 0.0, 0.0, 0.0, "mean", True, True, True, False, backend)
+    loss, _, _, dx, dweight, _ = torch.ops.onepass.linear_cross_entropy_fwd(x, weight, None, target, *options)
+    before = dx.clone(), dweight.clone()
+    (3 * loss).backward()
+    assert torch.equal(dx, before[0])
+    assert torch.equal(dweight, before[1])
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def pack(saved: Tensor) -> Tensor:
+        kept.append((saved, saved.clone()))
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        loss = onepass.linear_cross_entropy(x, weight, target, backend=backend)
+    (3 * loss).backward()
+    assert kept
+    assert all(torch.equal(saved, copy) for saved, copy in kept)

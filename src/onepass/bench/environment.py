@@ -145,7 +145,7 @@ def facts(num_threads: int, device: str = "cpu") -> dict[str, object]:
         "threads": num_threads,
         **(_gpu_facts() if device == "cuda" else _cpu_facts()),
         "load_average": float(_first_line(Path("/proc/loadavg")).split(" ")[0] or "nan"),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "onepass": onepass.__version__,

@@ -18,6 +18,7 @@ import ctypes
 import itertools
 import struct
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -64,12 +65,13 @@ class _MethodDef(ctypes.Structure):
     ]
 
 
-_library: ctypes.CDLL | None = None
+_library: ctypes.PyDLL | None = None  # PyDLL: its functions hold the GIL, which guards the tables of plans
+_first_call = threading.Lock()
 _kept: list[Any] = []  # what C has borrowed
 _paused = 0
 
 
-def _bind() -> ctypes.CDLL | None:
+def _bind() -> ctypes.PyDLL | None:
     """The library with everything handed over that csrc/replay.cpp needs; None where something is missing."""
     if not hasattr(sys, "getrefcount") or not getattr(sys, "_is_gil_enabled", lambda: True)():
         return None
@@ -102,7 +104,7 @@ def _bind() -> ctypes.CDLL | None:
         torch_compat.handle_offset(_handle),
         torch_compat.wrap_function(),
     ]
-    library = cpu_library.library()
+    library = ctypes.PyDLL(cpu_library.library()._name)
     library.onepass_replay_bind.argtypes = (ctypes.c_char_p, ctypes.c_int64)
     library.onepass_replay_bind.restype = ctypes.c_int64
     packed = struct.pack(f"={len(words)}Q", *words)
@@ -176,11 +178,17 @@ class PlainCalls:
 
     def _first(self, *call: Any) -> Any:
         """The first call makes the C function."""
+        with _first_call:
+            if self._calls is None:
+                self._make()
+        return self._replay(*call)
+
+    def _make(self) -> None:
         global _library  # noqa: PLW0603
         _library = _library or _bind()
         if _library is None:
             self._replay = _declines
-            return None
+            return
         self._calls = _library.onepass_replay_new()
         pointer, made = ctypes.c_void_p, ctypes.py_object
         new_capsule, new_function = ctypes.pythonapi.PyCapsule_New, ctypes.pythonapi.PyCFunction_NewEx
@@ -189,7 +197,6 @@ class PlainCalls:
         definition = _MethodDef(b"replay", _address(_library.onepass_replay_call), _METH_FASTCALL, None)
         _kept.append(definition)
         self._replay = new_function(ctypes.addressof(definition), new_capsule(self._calls, None, None), None)
-        return self._replay(*call)
 
     def _watched(self, serial: int, call: tuple[Any, ...]) -> Any:
         inputs = [x for x in call if isinstance(x, Tensor)]
@@ -209,6 +216,11 @@ class _Watch(TorchDispatchMode):
         f"aten::{name}"
         for name in ("view", "_unsafe_view", "alias", "detach", "expand", "as_strided", "unsqueeze", "promote_types")
     )
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False keeps PyTorch from wrapping this class, for which it would import all of torch._dynamo: 1.2 s."""
+        return False
 
     def __init__(self) -> None:
         super().__init__()

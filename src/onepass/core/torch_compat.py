@@ -92,6 +92,12 @@ def batched_gradient(gradient: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
+def saved_tensors_hooked() -> bool:
+    """Whether hooks (torch.autograd.graph.saved_tensors_hooks) see what is saved; True where PyTorch does not tell."""
+    tells = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return True if tells is None else tells(True) is not None
+
+
 def graph_is_kept() -> bool:
     """Whether the backward that runs now may run again (retain_graph=True); True where PyTorch does not tell."""
     tells = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
@@ -179,6 +185,7 @@ def register_autograd(
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             outputs = plain(*inputs)
+            ctx.outputs_are_ours = True  # a public function's own: it gives away what it documents
             save(ctx, inputs, outputs)
             return outputs
 
@@ -193,8 +200,10 @@ def register_autograd(
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    library.impl(op._schema.name.partition("::")[2], autograd, "Autograd", with_keyset=True)
-    return super(torch.autograd.Function, Direct).apply  # without its questions about functorch: 2 us
+    name = op._schema.name.partition("::")[2]
+    library.impl(name, autograd, "Autograd", with_keyset=True)
+    named: Any = type(f"onepass_{name}_", (Direct,), {})  # the name that grad_fn and PyTorch's errors show
+    return super(torch.autograd.Function, named).apply  # without its questions about functorch: 2 us
 
 
 def refuse_transforms(op: Any, args: tuple[Any, ...]) -> None:

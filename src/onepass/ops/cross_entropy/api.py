@@ -212,6 +212,8 @@ def _options(
 ) -> tuple[int, float, float, float, str]:
     if type(ignore_index) is not int:
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit into 64 bits, as targets do, got {ignore_index}")
     if reduction not in spec.REDUCTIONS:
         raise spec.reduction_error(reduction)
     if type(return_lse) is not bool:

@@ -12,6 +12,8 @@ from onepass.core.cpu_library import DTYPE_CODES
 from onepass.core.rows import row_stride
 from onepass.ops.cross_entropy.spec import looks_at_targets, wrong_target_error
 
+_CPU = torch.device("cpu")  # whatever torch.set_default_device says
+
 # struct CrossEntropyArgs and CrossEntropyBwdArgs: q = int64_t or pointer, d = double.
 _CROSS_ENTROPY = "5q3d5q"
 _FWD = struct.Struct(f"={_CROSS_ENTROPY}")
@@ -30,7 +32,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """loss and lse of each row."""
     rows, columns = logits.shape
-    loss, lse = torch.empty(rows), torch.empty(rows)
+    loss = torch.empty(rows, dtype=torch.float32, device=_CPU)
+    lse = torch.empty(rows, dtype=torch.float32, device=_CPU)
     if rows:
         target = target.contiguous()
         logits, stride = row_stride(logits)
@@ -68,7 +71,7 @@ def backward(
     """
     rows, columns = logits.shape
     classes = classes or columns
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype) if out is None else out
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=_CPU) if out is None else out
     if rows:
         target, lse = target.contiguous(), lse.contiguous()
         logits, stride = row_stride(logits)

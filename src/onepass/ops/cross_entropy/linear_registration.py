@@ -3,9 +3,9 @@
 The forward returns the gradients of a mean or a sum beside it, for its own backward to scale; `now` asks for them.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from onepass.core import torch_compat
@@ -111,6 +111,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: Tensors) -> None:
     if now:
         ctx.save_for_backward(*gradients)
         ctx.facts = spec.linear_facts(*inputs[:-1])
+        # The outputs of a raw op are its caller's, and hooks on saved tensors see what is saved.
+        ctx.ours = getattr(ctx, "outputs_are_ours", False) and not torch_compat.saved_tensors_hooked()
     else:
         ctx.save_for_backward(x, weight, bias, target, lse, scale)
     ctx.options, ctx.reduction, ctx.now, ctx.backend = options, reduction, now, backend
@@ -124,7 +126,9 @@ def _differentiate(ctx: Any, dloss: Tensor | None, dlse: Tensor | None, *rest: A
         return (None, None, None, *nothing)
     if ctx.now:
         assert dloss is not None  # lse has no gradient then
-        gradients = _scaled(ctx.saved_tensors, dloss, ctx.facts, ctx.backend)
+        if torch.is_grad_enabled():
+            raise NotImplementedError("onepass.linear_cross_entropy has no second derivative (create_graph=True)")
+        gradients = _scaled(ctx, dloss)
     else:
         *tensors, lse, scale = ctx.saved_tensors
         rows = rows_gradient(dloss, lse, scale, ctx.reduction)
@@ -132,12 +136,13 @@ def _differentiate(ctx: Any, dloss: Tensor | None, dlse: Tensor | None, *rest: A
     return (*(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *nothing)
 
 
-def _scaled(saved: Sequence[Tensor], dloss: Tensor, facts: tuple[Any, ...], backend: str) -> tuple[Tensor, ...]:
-    """The gradients that the forward has made for a dloss of 1, times dloss."""
-    plain = torch_compat.below_dispatcher(*saved, dloss) and not torch_compat.batched_gradient(dloss)
-    if not plain or torch_compat.graph_is_kept():  # what the forward saved may be asked for again
+def _scaled(ctx: Any, dloss: Tensor) -> tuple[Tensor, ...]:
+    """The gradients that the forward has made for a dloss of 1, times dloss: in place when nobody else can see them."""
+    saved = ctx.saved_tensors
+    ours = ctx.ours and not torch_compat.graph_is_kept() and not torch_compat.batched_gradient(dloss)
+    if not ours or not torch_compat.below_dispatcher(*saved, dloss):
         return tuple(gradient * dloss for gradient in saved)
-    scale = select(kernels.SCALE, facts, backend)
+    scale = select(kernels.SCALE, ctx.facts, ctx.backend)
     for gradient in saved:
         scale(gradient, dloss)
     return tuple(saved)

@@ -12,6 +12,8 @@ from onepass.core.cpu_library import DTYPE_CODES
 from onepass.core.rows import row_stride
 from onepass.ops.norm.spec import sum_dtype
 
+_CPU = torch.device("cpu")  # whatever torch.set_default_device says
+
 # struct NormArgs and NormBwdArgs: q = int64_t or pointer, d = double.
 _FWD = struct.Struct("=8q2d10q")
 _BWD = struct.Struct("=8qd12q")
@@ -42,14 +44,14 @@ def forward(
     """y, residual_out, mean and rstd as the reference has them; without `statistics` the last two are None."""
     dtype, columns = x.dtype, x.shape[-1]
     weight, bias = _parameter(weight), _parameter(bias)
-    y = torch.empty(x.shape, dtype=dtype)
-    rstd = torch.empty(x.shape[:-1]) if statistics else None
-    mean = torch.empty(x.shape[:-1] if center else 0) if statistics else None
+    y = torch.empty(x.shape, dtype=dtype, device=_CPU)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=_CPU) if statistics else None
+    mean = torch.empty(x.shape[:-1] if center else 0, dtype=torch.float32, device=_CPU) if statistics else None
     rows_of_x, stride = row_stride(x)
     residual_out, stride_residual = None, 0
     if residual is not None:
         kind = sum_dtype(x, residual)
-        residual_out = torch.empty(x.shape, dtype=kind)
+        residual_out = torch.empty(x.shape, dtype=kind, device=_CPU)
         residual, stride_residual = row_stride(residual.to(kind))
     elif statistics:
         residual_out = x.new_empty(0)
@@ -90,9 +92,9 @@ def backward(
         return dx.to(dtype), dweight, dbias
     need_dweight, need_dbias = need_dweight and weight is not None, need_dbias and bias is not None
     make = torch.empty if x.numel() else torch.zeros  # without rows nothing is computed
-    dx = torch.empty(x.shape if need_dx else 0, dtype=dtype)
-    dweight = make(columns, dtype=weight.dtype) if need_dweight and weight is not None else x.new_empty(0)
-    dbias = make(columns, dtype=bias.dtype) if need_dbias and bias is not None else x.new_empty(0)
+    dx = torch.empty(x.shape if need_dx else 0, dtype=dtype, device=_CPU)
+    dweight = make(columns, dtype=weight.dtype, device=_CPU) if need_dweight and weight is not None else x.new_empty(0)
+    dbias = make(columns, dtype=bias.dtype, device=_CPU) if need_dbias and bias is not None else x.new_empty(0)
     if not x.numel():
         return dx, dweight, dbias
     weight = _parameter(weight)

@@ -38,11 +38,16 @@ def repeat_kv(x: Tensor, n_rep: int, *, backend: str | None = None, **unknown: N
     return registration.repeated(*_canonical(x, n_rep, backend))
 
 
+_MOST = 2**31 - 1
+
+
 def _canonical(x: Tensor, n_rep: int, backend: str | None) -> tuple[Tensor, int, str]:
     """The arguments of the operation repeat_kv_fwd."""
     checks.require_tensor("x", x)
     if isinstance(n_rep, bool) or not isinstance(n_rep, (int, torch.SymInt)):
         raise TypeError(f"n_rep must be an int, got {n_rep!r}")
+    if isinstance(n_rep, int) and n_rep > _MOST:
+        raise ValueError(f"n_rep must be at most {_MOST}, got {n_rep}")
     return x, n_rep, backend_in_use() if backend is None else backend
 
 

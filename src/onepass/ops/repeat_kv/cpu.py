@@ -10,6 +10,8 @@ from torch import Tensor
 from onepass.core import cpu_library
 from onepass.core.cpu_library import DTYPE_CODES
 
+_CPU = torch.device("cpu")  # whatever torch.set_default_device says
+
 # struct RepeatKvArgs.
 _ARGS = struct.Struct("=13q")
 
@@ -27,11 +29,11 @@ def _launch(kernel: str, x: Tensor, nheads_kv: int, n_rep: int, out: Tensor) -> 
 
 def forward(x: Tensor, n_rep: int) -> Tensor:
     batch, seqlen, nheads_kv, head_dim = x.shape
-    out = torch.empty(batch, seqlen, nheads_kv * n_rep, head_dim, dtype=x.dtype)
+    out = torch.empty(batch, seqlen, nheads_kv * n_rep, head_dim, dtype=x.dtype, device=_CPU)
     return _launch("repeat_kv_fwd", x, nheads_kv, n_rep, out)
 
 
 def backward(dout: Tensor, n_rep: int) -> Tensor:
     batch, seqlen, nheads, head_dim = dout.shape
-    dx = torch.empty(batch, seqlen, nheads // n_rep, head_dim, dtype=dout.dtype)
+    dx = torch.empty(batch, seqlen, nheads // n_rep, head_dim, dtype=dout.dtype, device=_CPU)
     return _launch("repeat_kv_bwd", dout, nheads // n_rep, n_rep, dx)

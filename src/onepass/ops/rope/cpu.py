@@ -11,6 +11,8 @@ from onepass.core import cpu_library
 from onepass.core.cpu_library import DTYPE_CODES
 from onepass.ops.rope.spec import position_error
 
+_CPU = torch.device("cpu")  # whatever torch.set_default_device says
+
 # struct RopeArgs.
 _ROPE = struct.Struct("=32q")
 
@@ -29,7 +31,8 @@ def forward(
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """q and k, turned; with `inverse` turned back."""
-    q_out, k_out = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=_CPU)
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=_CPU)
     batch, seqlen, nheads_q, head_dim = q.shape
     cos, sin = _adjacent(cos), _adjacent(sin)
     rows, half = cos.shape[-2:]

@@ -11,13 +11,15 @@ from onepass.core import cpu_library
 from onepass.core.cpu_library import DTYPE_CODES
 from onepass.core.rows import row_stride
 
+_CPU = torch.device("cpu")  # whatever torch.set_default_device says
+
 # struct SoftmaxArgs and SoftmaxBwdArgs.
 _FWD = struct.Struct("=7q")
 _BWD = struct.Struct("=9q")
 
 
 def forward(x: Tensor) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty(x.shape, dtype=x.dtype, device=_CPU)
     if count := x.numel():
         columns = x.shape[-1]
         x, stride = row_stride(x)
@@ -31,7 +33,7 @@ def forward(x: Tensor) -> Tensor:
 
 
 def backward(dy: Tensor, y: Tensor) -> Tensor:
-    dx = torch.empty(y.shape, dtype=y.dtype)
+    dx = torch.empty(y.shape, dtype=y.dtype, device=_CPU)
     if count := y.numel():
         columns = y.shape[-1]
         (dy, stride_dy), (y, stride_y) = row_stride(dy.to(y.dtype)), row_stride(y)

@@ -11,6 +11,8 @@ from onepass.core import cpu_library
 from onepass.core.cpu_library import DTYPE_CODES
 from onepass.core.rows import row_stride
 
+_CPU = torch.device("cpu")  # whatever torch.set_default_device says
+
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 # struct GluArgs and GluBwdArgs.
@@ -19,7 +21,7 @@ _BWD = struct.Struct("=13q")
 
 
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    out = torch.empty(gate.shape, dtype=gate.dtype)
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=_CPU)
     if count := gate.numel():
         columns = gate.shape[-1]
         (gate, stride_gate), (up, stride_up) = row_stride(gate), row_stride(up)
@@ -36,8 +38,8 @@ def backward(
     dout: Tensor, gate: Tensor, up: Tensor, activation: str, need_dgate: bool, need_dup: bool
 ) -> tuple[Tensor, Tensor]:
     """dgate and dup; empty where not needed."""
-    dgate = torch.empty(gate.shape if need_dgate else 0, dtype=gate.dtype)
-    dup = torch.empty(gate.shape if need_dup else 0, dtype=gate.dtype)
+    dgate = torch.empty(gate.shape if need_dgate else 0, dtype=gate.dtype, device=_CPU)
+    dup = torch.empty(gate.shape if need_dup else 0, dtype=gate.dtype, device=_CPU)
     if (count := gate.numel()) and (need_dgate or need_dup):
         columns = gate.shape[-1]
         dout, stride_dout = row_stride(dout.to(gate.dtype))
