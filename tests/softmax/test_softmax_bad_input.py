@@ -50,3 +50,8 @@ def test_explain() -> None:
     told = onepass.explain("softmax", torch.zeros(2, 3, requires_grad=True), backend="reference")
     assert [choice.op for choice in told] == ["softmax forward", "softmax backward"]
     assert list(told.backends) == ["reference", "reference"]
+
+
+def test_sparse_tensors_are_refused_with_reasons() -> None:
+    with pytest.raises(onepass.UnsupportedError, match="tensors are on cpu with layout sparse_coo"):
+        onepass.softmax(torch.eye(3).to_sparse())

@@ -7,7 +7,12 @@ from torch import Tensor
 
 
 def arch(tensor: Tensor) -> str:
-    """The architecture a kernel is chosen by: "cpu", "sm_90", "gfx942", or the device's type."""
+    """The architecture a kernel is chosen by: "cpu", "sm_90", "gfx942", or the device's type.
+
+    Tensors that are not strided are nowhere: "cpu with layout sparse_coo".
+    """
+    if tensor.layout is not torch.strided:
+        return f"{tensor.device.type} with layout {str(tensor.layout).removeprefix('torch.')}"
     return "cpu" if tensor.is_cpu else _arch(tensor.device)
 
 
