@@ -9,14 +9,17 @@ import zlib
 import pytest
 import torch
 
-from onepass.testing import parametrize
+from onepass.testing import aot, parametrize
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="replay a run: the seed that its first lines print")
+    parser.addoption("--aot-targets", default="", help="GPUs that kernels are compiled for, sm_90,gfx950,...; all")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.aot_targets:
+        aot.TARGETS = {name: aot.TARGETS[name] for name in config.option.aot_targets.split(",")}
     if config.option.seed is None:
         config.option.seed = int(torch.empty((), dtype=torch.int64).random_(0, 2**31, generator=_fresh()))
     if getattr(config.option, "hypothesisseed", None) is None:
