@@ -48,14 +48,6 @@ struct AttentionDecodeArgs {
   int64_t num_splits;            // parts the keys are cut into; 0 = chosen from heads, keys and threads
 };
 
-// Attention on PyTorch's own tensors (csrc/direct.cpp): what is left to say.
-struct DirectAttentionArgs {
-  int64_t num_threads, window_left, window_right;
-  int64_t decode;  // 1 = attention_decode, 0 = attention
-  int64_t bottom_right, num_splits;
-  double softmax_scale;
-};
-
 struct MergeArgs {
   int64_t dtype, num_threads, parts, batch, seqlen, nheads, head_dim;
   const void* outs;   // (parts, batch, seqlen, nheads, head_dim) contiguous

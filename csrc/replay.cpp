@@ -326,7 +326,7 @@ Object* replay(Calls& calls, Object* const* arguments, intptr_t count) {
       return nullptr;
     device_index = index;
     for (int64_t j = 0; j < i; j++)
-      if (data[j] == data[i]) return nullptr;  // a plan could not tell them apart
+      if (data[j] == data[i]) key.add('='), key.add(j);  // a plan could not tell them apart
   }
   if (device_type == TORCH_CPU) {
     const Owned threads(py.call_no_args(py.num_threads));

@@ -4,6 +4,8 @@ Every run draws a fresh seed and prints it, `--seed` replays it; each test gets 
 are skipped where there is no GPU.
 """
 
+import importlib
+import importlib.util
 import zlib
 
 import pytest
@@ -52,6 +54,13 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The tests in a folder of an operation's name are of that operation."""
+    package = f"onepass.ops.{metafunc.definition.path.parent.name}"
+    if importlib.util.find_spec(package) is not None:
+        parametrize.of_operation(metafunc, importlib.import_module(f"{package}.kernels").FORWARD)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

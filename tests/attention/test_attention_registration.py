@@ -243,13 +243,13 @@ def test_plain_calls_skip_the_dispatcher_and_watched_ones_do_not(
     backend: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    op = registration._forward_op
+    op = registration.forward.op
 
     def watched(*args: Any) -> Any:
         calls.append("dispatcher")
         return op(*args)
 
-    monkeypatch.setattr(registration, "_forward_op", watched)
+    monkeypatch.setattr(registration.forward, "op", watched)
     q, k, v = qkv(generator)
     expected = onepass.attention(q, k, v, backend=backend)
     assert not calls
@@ -260,7 +260,12 @@ def test_plain_calls_skip_the_dispatcher_and_watched_ones_do_not(
     assert negated.is_neg()
     out = onepass.attention(negated, k, v, softmax_scale=-0.25, backend=backend)
     torch.testing.assert_close(out, expected)
-    onepass.attention(q.requires_grad_(), k, v, backend=backend)
+    assert len(calls) == 2
+    recorded = onepass.attention(q.requires_grad_(), k, v, backend=backend)
+    assert recorded.requires_grad
+    assert len(calls) == 2  # autograd alone does not need it
+    with torch.profiler.profile():
+        onepass.attention(q, k, v, backend=backend)
     assert len(calls) == 3
 
 

@@ -21,11 +21,11 @@ from onepass.ops.repeat_kv import registration as repeat_kv
 from onepass.ops.rope import registration as rope
 from onepass.ops.softmax import registration as softmax
 from onepass.ops.swiglu import registration as swiglu
+from onepass.testing.replays import SEEN, Ordinary
 
 pytestmark = pytest.mark.skipif(
     cpu_library.host_functions() is None, reason="this PyTorch lacks the C interface that replays need"
 )
-_SEEN = 3  # calls until a plan is there
 
 
 @pytest.fixture(autouse=True)
@@ -33,27 +33,11 @@ def fresh_plans() -> None:
     softmax.softmax.forget()
 
 
-class Ordinary:
-    """Counts the calls that go the ordinary way."""
-
-    def __init__(self, calls: replay.PlainCalls, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count = 0
-        for way in ("_plain", "_dispatched"):
-            monkeypatch.setattr(calls, way, self._counted(getattr(calls, way)))
-
-    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*call: Any) -> Any:
-            self.count += 1
-            return function(*call)
-
-        return counted
-
-
 @pytest.fixture
 def ordinary(monkeypatch: pytest.MonkeyPatch, device: str) -> Ordinary:
     """Softmax's, with a plan for (4, 16) and backend "" on the device."""
     found = Ordinary(softmax.softmax, monkeypatch)
-    for _ in range(_SEEN):
+    for _ in range(SEEN):
         onepass.softmax(torch.randn(4, 16, device=device))
     found.count = 0
     return found
@@ -85,7 +69,7 @@ def test_replayed_calls_give_the_same(
     calls, call = _calls(device, generator)[name]
     calls.forget()
     counted = Ordinary(calls, monkeypatch)
-    for _ in range(_SEEN):
+    for _ in range(SEEN):
         call()
     before = counted.count
     state = generator.get_state()
@@ -186,9 +170,9 @@ def test_tensors_that_share_memory_are_told_apart(device: str, generator: torch.
     """A plan made from swiglu(x, x) would give the second argument the first one's memory."""
     swiglu.gated.forget()
     x, y = (torch.randn(3, 40, generator=generator).to(device) for _ in range(2))
-    for _ in range(_SEEN + 1):
+    for _ in range(SEEN + 1):
         torch.testing.assert_close(onepass.swiglu(x, x), torch.nn.functional.silu(x) * x)
-    for _ in range(_SEEN + 1):
+    for _ in range(SEEN + 1):
         torch.testing.assert_close(onepass.swiglu(x, y), torch.nn.functional.silu(x) * y)
 
 
@@ -196,7 +180,7 @@ def test_copies_are_never_planned(device: str, generator: torch.Generator) -> No
     """Strides that a kernel cannot read are copied first, which a plan would forget."""
     softmax.softmax.forget()
     x = torch.randn(16, 3, 4, generator=generator).to(device).permute(1, 2, 0)
-    for _ in range(_SEEN + 1):
+    for _ in range(SEEN + 1):
         x.add_(1.0).mul_(1.1)
         torch.testing.assert_close(onepass.softmax(x), torch.softmax(x, -1))
 
@@ -224,7 +208,7 @@ def test_the_default_dtype_changes_nothing(dtype: torch.dtype, device: str, gene
     try:
         for default in (dtype, before):
             torch.set_default_dtype(default)
-            for _ in range(_SEEN + 1):
+            for _ in range(SEEN + 1):
                 for out, other in zip(call([x, weight, bias], True), expected, strict=True):
                     torch.testing.assert_close(out, other, rtol=1e-4, atol=1e-5)
                 for grad, other in zip(gradients(call(leaves, True)), wanted, strict=True):
@@ -257,7 +241,7 @@ def test_many_looks(device: str) -> None:
     """More than the table holds: it starts again, and everything stays right."""
     for columns in range(1, 4200):
         onepass.softmax(torch.ones(1, columns, device=device))
-    for _ in range(_SEEN + 1):
+    for _ in range(SEEN + 1):
         assert torch.equal(onepass.softmax(torch.ones(1, 2, device=device)), torch.full((1, 2), 0.5, device=device))
 
 

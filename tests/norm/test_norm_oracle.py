@@ -1,25 +1,15 @@
 """Every case of inputs.py against the reference in fp64, every pair of backends, and twice the same bits."""
 
-import pytest
 import torch
 
 from onepass.ops.norm import kernels
 from onepass.ops.norm.inputs import CASES
-from onepass.testing import conformance, numerics
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_within_budget(case: numerics.Case, fused: str, device: str, dtype: torch.dtype, seed: int) -> None:
-    conformance.within_budget(case, fused, device, dtype, seed)
-
-
-def test_cases_reach_every_backend(fused: str, device: str, generator: torch.Generator) -> None:
-    conformance.reaches_backend(CASES, fused, device, generator)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_same_bits_twice(case: numerics.Case, fused: str, device: str, generator: torch.Generator) -> None:
-    conformance.same_bits_twice(case, fused, device, generator)
+from onepass.testing import conformance
+from onepass.testing.conformance import (  # noqa: F401
+    test_cases_reach_every_backend,
+    test_same_bits_twice,
+    test_within_budget,
+)
 
 
 def test_every_backward_follows_every_forward(

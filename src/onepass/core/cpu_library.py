@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from . import env, launches, torch_compat
 
@@ -170,33 +169,3 @@ def host_functions() -> list[int] | None:
     if taken._use_count() != 1:  # else every output would leak
         return None
     return [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
-
-
-@functools.cache
-def has_direct_calls() -> bool:
-    """Whether this PyTorch offers what csrc/direct.cpp needs; the functions are bound at the first question."""
-    addresses = host_functions()
-    if addresses is None:
-        return False
-    library().onepass_bind_host((ctypes.c_void_p * len(addresses))(*addresses))
-    return True
-
-
-@functools.cache
-def direct_attention() -> Callable[[list[Tensor], bytes], Tensor | None]:
-    """onepass_direct_attention: q, k, v and perhaps cache_seqlens, and packed DirectAttentionArgs, to a new tensor.
-
-    None: the call must go the ordinary way, as every call does without `has_direct_calls`.
-    """
-    if not has_direct_calls():
-        return lambda tensors, arguments: None
-    function = ctypes.PyDLL(library()._name).onepass_direct_attention  # PyDLL: it needs the GIL, which it releases
-    function.argtypes, function.restype = (*[ctypes.py_object] * 5, ctypes.c_char_p), ctypes.py_object
-    handles, take = torch_compat.tensor_handles, torch_compat.take_tensors
-
-    def call(tensors: list[Tensor], arguments: bytes) -> Tensor | None:
-        absent = (None,) * (5 - len(tensors))  # cache_seqlens, and the argument that must be None
-        out = function(*handles(tensors), *absent, arguments)
-        return None if out is None else take([out])[0]
-
-    return call

@@ -28,7 +28,7 @@ class Operation:
     facts:  checks those arguments and gives the fields of the table's spec.
     fake:   outputs of the right shape, dtype and device, for the same arguments.
     save, differentiate: as torch.library.register_autograd has them; without them differentiating raises `refusal`.
-    public: the public function, for messages.
+    public: the public function, for messages; `vmap_advice`: what to do in the place of a torch.vmap.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Operation:
         save: Callable[[Any, Call, Any], None] | None = None,
         differentiate: Callable[..., tuple[Any, ...]] | None = None,
         refusal: str = "",
+        vmap_advice: str = "make the mapped dimension a leading dimension of x",
     ) -> None:
         self.table, self.facts = table, facts
 
@@ -50,16 +51,17 @@ class Operation:
             return fake(*args[:-1])
 
         self._plain = PlainCalls(table, self.body, self._dispatched)
-        self.op, self._recorded = _register(
-            schema,
-            self.body,
-            checked_fake,
-            public=public,
-            save=save,
-            differentiate=differentiate,
-            refusal=refusal,
-            plain=self._plain,
-        )
+        name = schema.partition("(")[0]
+        LIBRARY.define(schema)
+        self.op = getattr(torch.ops.onepass, name).default
+        LIBRARY.impl(name, self.body, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"onepass::{name}", checked_fake, lib=LIBRARY)
+        torch.library.register_vmap(f"onepass::{name}", _refuses_vmap(public, vmap_advice), lib=LIBRARY)
+        if differentiate is None:
+            refusal = refusal or f"onepass.{public} has no second derivative (create_graph=True)"
+            save, differentiate = _save_nothing, _refuses_gradient(refusal)
+        assert save is not None
+        self._recorded = torch_compat.register_autograd(LIBRARY, self.op, self._plain, save, differentiate)
 
     def body(self, *args: Any) -> Any:
         """Checks, chooses, launches."""
@@ -79,40 +81,6 @@ class Operation:
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return self._plain(*args)
         return (self._recorded if torch_compat.only_autograd(*tensors) else self.op)(*args)
-
-
-def register(schema: str, body: Callable[..., Any], fake: Callable[..., Any], **rest: Any) -> Any:
-    """Defines an operation and registers all of it; what a call of it goes through. `body` and `fake` check.
-
-    The rest is as in `Operation`; `vmap_advice` says what to do in the place of a torch.vmap.
-    """
-    return _register(schema, body, fake, plain=body, **rest)[0]
-
-
-def _register(
-    schema: str,
-    body: Callable[..., Any],
-    fake: Callable[..., Any],
-    *,
-    plain: Callable[..., Any],
-    public: str,
-    save: Callable[[Any, Call, Any], None] | None = None,
-    differentiate: Callable[..., tuple[Any, ...]] | None = None,
-    refusal: str = "",
-    vmap_advice: str = "make the mapped dimension a leading dimension of x",
-) -> tuple[Any, Callable[..., Any]]:
-    """The operation, and what records the gradient of a call and does the call by `plain`."""
-    name = schema.partition("(")[0]
-    LIBRARY.define(schema)
-    op = getattr(torch.ops.onepass, name).default
-    LIBRARY.impl(name, body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"onepass::{name}", fake, lib=LIBRARY)
-    torch.library.register_vmap(f"onepass::{name}", _refuses_vmap(public, vmap_advice), lib=LIBRARY)
-    if differentiate is None:
-        refusal = refusal or f"onepass.{public} has no second derivative (create_graph=True)"
-        save, differentiate = _save_nothing, _refuses_gradient(refusal)
-    assert save is not None
-    return op, torch_compat.register_autograd(LIBRARY, op, plain, save, differentiate)
 
 
 def _save_nothing(ctx: Any, inputs: Call, outputs: Any) -> None:

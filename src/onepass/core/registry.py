@@ -33,10 +33,7 @@ class Kernel:
     says why it cannot run on this machine; `slow(spec)` what it does, but slowly. Documentation shows what it does on
     the architecture `shown_on`.
 
-    `launcher` is the import path "module:function"; the module is imported when the kernel is first chosen. `direct`,
-    where there is one, is the path of a launcher that takes the operation's arguments as one tuple before anything has
-    been checked: it does a plain, valid call on its own device and returns None for any other, which then goes the
-    ordinary way.
+    `launcher` is the import path "module:function"; the module is imported when the kernel is first chosen.
     """
 
     backend: str
@@ -44,19 +41,14 @@ class Kernel:
     unsupported: Callable[[Any], list[str]]
     launcher: str
     slow: Callable[[Any], list[str]] = _no_reasons
-    direct: str | None = None
     unavailable: Callable[[], str | None] = _always_there
     by_name_only: bool = False
     shown_on: str = "cpu"
 
     def load(self) -> Launcher:
-        return _import(self.launcher)
-
-
-def _import(path: str) -> Launcher:
-    module, _, function = path.partition(":")
-    launcher: Launcher = getattr(importlib.import_module(module), function)
-    return launcher
+        module, _, function = self.launcher.partition(":")
+        launcher: Launcher = getattr(importlib.import_module(module), function)
+        return launcher
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,6 @@ class KernelTable:
     spec: Callable[..., Any]
     kernels: Sequence[Kernel]
     launchers: dict[tuple[tuple[Any, ...], str], Launcher] = field(default_factory=dict, repr=False)
-    directs: dict[tuple[str, bool], Launcher] = field(default_factory=dict, repr=False)
     when_forgotten: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -116,7 +107,6 @@ class KernelTable:
     def forget(self) -> None:
         """Drops the cached choices, and what others keep that rests on them (for tests that replace a launcher)."""
         self.launchers.clear()
-        self.directs.clear()
         for forget in self.when_forgotten:
             forget()
 
@@ -145,29 +135,6 @@ def _first_select(table: KernelTable, facts: tuple[Any, ...], backend: str) -> L
         raise UnsupportedError(f"{choice}\n  the call: {_describe(table.spec(*facts))}")
     kernel = next(kernel for kernel in table.kernels if kernel.backend == choice.backend)
     launcher = table.launchers[facts, backend] = kernel.load()
-    return launcher
-
-
-def _declines(call: tuple[Any, ...]) -> None:
-    return None
-
-
-def direct(table: KernelTable, backend: str, on_cpu: bool) -> Launcher:
-    """The direct launcher of the best kernel for such a device, or of `backend`; else one that declines every call."""
-    try:
-        return table.directs[backend, on_cpu]
-    except KeyError:
-        pass
-    able = [
-        kernel
-        for kernel in table.kernels
-        if (kernel.shown_on == "cpu") == on_cpu
-        and (kernel.backend == backend if backend else not kernel.by_name_only)
-        and kernel.unavailable() is None
-    ]
-    if not able:
-        return _declines
-    launcher = table.directs[backend, on_cpu] = _declines if able[0].direct is None else _import(able[0].direct)
     return launcher
 
 

@@ -38,34 +38,14 @@ class RowKernels:
     dtypes: Callable[[Any], Mapping[str, torch.dtype | None]]
     slow: str = "plain PyTorch: the definition, several passes over memory"
 
-    def table(
-        self,
-        op: str,
-        *,
-        cpu: str,
-        triton: str,
-        reference: str,
-        cpu_direct: str | None = None,
-        triton_direct: str | None = None,
-    ) -> KernelTable:
-        """The table of one direction. Paths are "module:function" inside the folder; `direct` as in `Kernel`."""
+    def table(self, op: str, *, cpu: str, triton: str, reference: str) -> KernelTable:
+        """The table of one direction. Paths are "module:function" inside the folder."""
         return KernelTable(
             op,
             self.spec,
             [
-                Kernel(
-                    "cpu",
-                    10,
-                    self._cpu_unsupported,
-                    self._path(cpu),
-                    direct=cpu_direct and self._path(cpu_direct),
-                    unavailable=cpu_library.unavailable,
-                ),
-                triton_backend.row(
-                    self._triton_unsupported,
-                    self._path(triton),
-                    direct=triton_direct and self._path(triton_direct),
-                ),
+                Kernel("cpu", 10, self._cpu_unsupported, self._path(cpu), unavailable=cpu_library.unavailable),
+                triton_backend.row(self._triton_unsupported, self._path(triton)),
                 Kernel(
                     "reference",
                     0,

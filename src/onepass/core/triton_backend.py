@@ -35,9 +35,9 @@ def unavailable() -> str | None:
     return None
 
 
-def row(unsupported: Callable[[Any], list[str]], launcher: str, direct: str | None = None) -> Kernel:
+def row(unsupported: Callable[[Any], list[str]], launcher: str) -> Kernel:
     """A Triton kernel's row in a table. Its priority matters only in the interpreter, where `cpu` goes before it."""
-    return Kernel("triton", 5, unsupported, launcher, unavailable=unavailable, direct=direct, shown_on="sm_90")
+    return Kernel("triton", 5, unsupported, launcher, unavailable=unavailable, shown_on="sm_90")
 
 
 def unsupported_arch(arch: str) -> list[str]:
@@ -55,6 +55,15 @@ def unsupported_arch(arch: str) -> list[str]:
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors (compute units) of a device; a few where Triton is interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """The most bytes of shared memory that a program on a GPU may have."""
+    import triton
+
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return int(properties["max_shared_mem"])
 
 
 def interpreted(device: torch.device) -> bool:
@@ -83,12 +92,14 @@ class Launcher:
     than 32 bits).
     """
 
-    def __init__(self, kernel: Any, most_registers: int | None = None) -> None:
-        """`most_registers` of a thread, on NVIDIA GPUs: fewer let more programs run at once."""
+    def __init__(self, kernel: Any, most_registers: int | None = None, targets: str = "") -> None:
+        """`most_registers` of a thread, on NVIDIA GPUs: fewer let more programs run at once. `targets`: "cuda" or "hip"
+        for a kernel (of Gluon) that is launched there alone.
+        """
         self.kernel = kernel
+        self.targets = targets
         self.nvidia_options = {} if most_registers is None else {"maxnreg": most_registers}
         self._compiled: dict[Any, Any] = {}
-        self._kinds: dict[Any, Any] = {}  # Triton's own objects of the same
 
     def __call__(
         self,
@@ -101,10 +112,10 @@ class Launcher:
         index = device.index
         known = self._compiled.get((index, key))
         if known is not None and _current_device() == index:
-            run, function, metadata, constants = known
+            run, function, metadata, constants, compiled = known
             run(*grid, _current_stream(index), function, metadata, None, None, None, *numbers, *constants)
             if launches.watched:
-                launches.tell(self._written_down(index, key, grid, numbers))
+                launches.tell(_written_down(compiled, grid, numbers))
         elif device.type != "cuda" or _current_device() == index:
             self._launch(known, (index, key), grid, device, describe)
         else:
@@ -149,47 +160,44 @@ class Launcher:
         compiled = self.kernel[grid](*arguments, **constants, num_warps=num_warps, **more)
         if known is None and device.type == "cuda":
             values = tuple(constants.values())
-            self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, values
-            self._kinds[key] = compiled
+            self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, values, compiled
         if launches.watched:
             launches.tell(None)
 
-    def _written_down(
-        self, index: int, key: Any, grid: tuple[int, int, int], numbers: Sequence[int | float]
-    ) -> launches.Launch | None:
-        """A launch as those who watch want it; None where more than cuLaunchKernel would be needed."""
-        compiled = self._kinds[index, key]
-        facts = compiled.metadata
-        unusual = ("num_ctas", "global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")
-        if facts.target.backend != "cuda" or [getattr(facts, name, None) for name in unusual] != [
-            1,
-            0,
-            0,
-            False,
-            False,
-        ]:
+
+def _written_down(compiled: Any, grid: tuple[int, int, int], numbers: Sequence[int | float]) -> launches.Launch | None:
+    """A launch as those who watch want it; None where more than cuLaunchKernel would be needed."""
+    facts = compiled.metadata
+    usual = {
+        "num_ctas": 1,
+        "global_scratch_size": 0,
+        "profile_scratch_size": 0,
+        "launch_cooperative_grid": False,
+        "launch_pdl": False,
+    }
+    if facts.target.backend != "cuda" or any(getattr(facts, name, None) != value for name, value in usual.items()):
+        return None
+    words: list[int] = []
+    pointers: list[bool] = []
+    for number, kind in zip(numbers, compiled.src.signature.values(), strict=False):
+        if kind == "constexpr":  # a 1
+            continue
+        if kind == "fp32":
+            words.append(struct.unpack("=I", struct.pack("=f", number))[0])
+        elif kind.startswith("*") or kind in ("i32", "i64"):
+            words.append(int(number))
+        else:
             return None
-        words: list[int] = []
-        pointers: list[bool] = []
-        for number, kind in zip(numbers, compiled.src.signature.values(), strict=False):
-            if kind == "constexpr":  # a 1
-                continue
-            if kind == "fp32":
-                words.append(struct.unpack("=I", struct.pack("=f", number))[0])
-            elif kind.startswith("*") or kind in ("i32", "i64"):
-                words.append(int(number))
-            else:
-                return None
-            pointers.append(kind.startswith("*"))
-        scratch = (0, 0)  # Triton's own two last arguments
-        return launches.Launch(
-            compiled.function,
-            (*words, *scratch),
-            (*pointers, False, False),
-            grid,
-            32 * facts.num_warps,
-            facts.shared,
-        )
+        pointers.append(kind.startswith("*"))
+    scratch = (0, 0)  # Triton's own two last arguments
+    return launches.Launch(
+        compiled.function,
+        (*words, *scratch),
+        (*pointers, False, False),
+        grid,
+        32 * facts.num_warps,
+        facts.shared,
+    )
 
 
 def aligned(*pointers: int) -> bool:

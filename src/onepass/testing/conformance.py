@@ -1,6 +1,6 @@
-"""Tests that every operation passes: an operation's own tests say with which cases and tables.
-
-A test takes its `backend`, `fused` and `other` from testing/parametrize.py, and `device`, where those work.
+"""Tests that every operation passes. Where a test file imports one that starts with `test_`, it runs with that file's
+`CASES`; the others are called with cases and tables. testing/parametrize.py fills `case`, `backend`, `fused`, `other`
+and `dtype`; `device` is where those work.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,17 +15,17 @@ from onepass.core.registry import KernelTable, Launcher
 from onepass.testing import faults, numerics
 
 
-def within_budget(case: numerics.Case, backend: str, device: str, dtype: torch.dtype, seed: int) -> None:
+def test_within_budget(case: numerics.Case, fused: str, device: str, dtype: torch.dtype, seed: int) -> None:
     """Outputs and gradients against the oracle; outputs start as NaN, inputs lie between bands that must survive."""
     inputs = case.inputs(dtype, device, torch.Generator().manual_seed(seed))
-    if backend not in case.backends(inputs):
-        pytest.skip(f"{backend} refuses this case")
+    if fused not in case.backends(inputs):
+        pytest.skip(f"{fused} refuses this case")
     if env.triton_interpreted() and dtype is not torch.float32 and _takes_long(inputs):
         pytest.skip("Triton's interpreter takes long, and has done this case in float32")
     guards = {name: numerics.guarded(x) for name, x in inputs.items()}
     with numerics.nan_filled_memory():
-        comparisons = numerics.compare_inputs(case, {name: guard.tensor for name, guard in guards.items()}, backend)
-    numerics.assert_within_budget(comparisons, case=case, dtype=dtype, backend=backend, device=device, seed=seed)
+        comparisons = numerics.compare_inputs(case, {name: guard.tensor for name, guard in guards.items()}, fused)
+    numerics.assert_within_budget(comparisons, case=case, dtype=dtype, backend=fused, device=device, seed=seed)
     assert all(guard.intact() for guard in guards.values()), "an input or memory beside it was written to"
 
 
@@ -42,14 +42,20 @@ def reaches_backend(
     assert len(able) >= share * len(cases)
 
 
-def same_bits_twice(case: numerics.Case, backend: str, device: str, generator: torch.Generator) -> None:
+def test_cases_reach_every_backend(
+    request: pytest.FixtureRequest, fused: str, device: str, generator: torch.Generator
+) -> None:
+    reaches_backend(request.module.CASES, fused, device, generator)
+
+
+def test_same_bits_twice(case: numerics.Case, fused: str, device: str, generator: torch.Generator) -> None:
     """Outputs and gradients, which are contiguous too."""
     if env.triton_interpreted():
         pytest.skip("Triton's interpreter runs one program after the other")
     inputs = case.inputs(torch.float32, device, generator)
-    if backend not in case.backends(inputs):
-        pytest.skip(f"{backend} refuses this case")
-    first, second = case.call(inputs, backend), case.call(inputs, backend)
+    if fused not in case.backends(inputs):
+        pytest.skip(f"{fused} refuses this case")
+    first, second = case.call(inputs, fused), case.call(inputs, fused)
     for name, x in first.items():
         assert same_bits(x, second[name]), name
         assert x.is_contiguous(), name

@@ -111,7 +111,7 @@ def attention(
             deterministic,
             backend,
         )
-        out, lse = registration.attention_fwd(call, return_lse)
+        out, lse = registration.attended(*call)
     except RuntimeError:
         _require_strided(
             q=q,
@@ -265,7 +265,7 @@ def attention_decode(
             return_lse,
             backend,
         )
-        out, lse = registration.attention_decode(call)
+        out, lse = registration.decoded(*call)
     except RuntimeError:
         _require_strided(
             q=q,
@@ -365,7 +365,7 @@ def merge_attention(outs: Tensor, lses: Tensor, *, backend: str | None = None) -
     if outs is None or lses is None:
         raise TypeError("merge_attention needs outs and lses, stacked along the first dimension")
     try:
-        out, lse = registration.merge_attention(outs, lses, backend_in_use() if backend is None else backend)
+        out, lse = registration.merged(outs, lses, backend_in_use() if backend is None else backend)
     except RuntimeError:
         _require_strided(outs=outs, lses=lses)
         raise

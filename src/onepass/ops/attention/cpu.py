@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,20 +21,20 @@ _TENSOR = "5q"
 _FWD = struct.Struct(f"={_PROBLEM}{4 * _TENSOR}q")
 _BWD = struct.Struct(f"={_PROBLEM}{5 * _TENSOR}2q{3 * _TENSOR}")
 _DECODE = struct.Struct(f"={_PROBLEM}{4 * _TENSOR}3q")
-_DIRECT = struct.Struct("=6qd")
 _MERGE = struct.Struct("=11q")
 _MERGE_BWD = struct.Struct("=15q")
 
 _CPU = torch.device("cpu")
 
 
-def _outputs(q: Tensor, sizes: Sizes, need_lse: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Memory for out and lse. (With sizes spelled out and a device at hand torch.empty costs less than new_empty.)"""
+def _outputs(q: Tensor, sizes: Sizes, need_lse: bool = True) -> tuple[Tensor, Tensor]:
+    """Memory for out and lse, which is empty where nobody needs it."""
     batch, seqlen_q, _, nheads_q, _, _, head_dim_v = sizes
-    out = torch.empty(batch, seqlen_q, nheads_q, head_dim_v, dtype=q.dtype, device=_CPU)
-    if not need_lse:
-        return out, None
-    return out, torch.empty(batch, nheads_q, seqlen_q, dtype=torch.float32, device=_CPU)
+    lse_shape = (batch, nheads_q, seqlen_q) if need_lse else (0,)
+    return (
+        torch.empty((batch, seqlen_q, nheads_q, head_dim_v), dtype=q.dtype, device=_CPU),
+        torch.empty(lse_shape, dtype=torch.float32, device=_CPU),
+    )
 
 
 def _sizes(q: Tensor, v: Tensor) -> Sizes:
@@ -65,7 +64,6 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     sizes = _sizes(q, v)
     out, lse = _outputs(q, sizes)
-    assert lse is not None
     arguments = (
         *_problem(q.dtype, sizes, key_mask, softmax_scale, window_left, window_right, bottom_right),
         q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(),
@@ -73,46 +71,6 @@ def forward(
     )  # fmt: skip
     cpu_library.kernel("attention_fwd")(_FWD.pack(*arguments))
     return out, lse
-
-
-def direct_forward(call: tuple[Any, ...]) -> Tensor | None:
-    """The output of a plain call (registry.direct); None for any other."""
-    (
-        q, k, v, attn_bias, alibi_slopes, attn_sink, key_mask, _, softmax_scale, left, right, bottom_right, softcap,
-        dropout_p, _, _,
-    ) = call  # fmt: skip
-    if (
-        attn_bias is not None
-        or alibi_slopes is not None
-        or attn_sink is not None
-        or key_mask is not None
-        or softcap != 0.0
-        or dropout_p != 0.0
-    ):
-        return None
-    arguments = _DIRECT.pack(torch.get_num_threads(), left, right, 0, bottom_right, 0, softmax_scale)
-    return cpu_library.direct_attention()([q, k, v], arguments)
-
-
-def direct_decode(call: tuple[Any, ...]) -> Tensor | None:
-    """The output of a plain call (registry.direct); None for any other."""
-    (
-        q, k_cache, v_cache, cache_seqlens, page_table, alibi_slopes, attn_sink, k_descale, v_descale, softmax_scale,
-        left, right, softcap, num_splits, need_lse, _,
-    ) = call  # fmt: skip
-    if (
-        need_lse
-        or page_table is not None
-        or alibi_slopes is not None
-        or attn_sink is not None
-        or k_descale is not None
-        or v_descale is not None
-        or softcap != 0.0
-    ):
-        return None
-    tensors = [q, k_cache, v_cache] if cache_seqlens is None else [q, k_cache, v_cache, cache_seqlens]
-    arguments = _DIRECT.pack(torch.get_num_threads(), left, right, 1, True, num_splits, softmax_scale)
-    return cpu_library.direct_attention()(tensors, arguments)
 
 
 def backward(
@@ -147,7 +105,7 @@ def decode(
     alibi_slopes: Tensor | None, attn_sink: Tensor | None, k_descale: Tensor | None, v_descale: Tensor | None,
     softmax_scale: float, window_left: int, window_right: int, softcap: float, num_splits: int,
     need_lse: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     sizes = _sizes(q, v_cache)
     out, lse = _outputs(q, sizes, need_lse)
     if cache_seqlens is not None and not cache_seqlens.is_contiguous():
@@ -155,7 +113,7 @@ def decode(
     arguments = _DECODE.pack(
         *_problem(q.dtype, sizes, None, softmax_scale, window_left, window_right, True),
         q.data_ptr(), *q.stride(), k_cache.data_ptr(), *k_cache.stride(), v_cache.data_ptr(), *v_cache.stride(),
-        out.data_ptr(), *out.stride(), 0 if lse is None else lse.data_ptr(),
+        out.data_ptr(), *out.stride(), lse.data_ptr() if need_lse else 0,
         0 if cache_seqlens is None else cache_seqlens.data_ptr(), num_splits,
     )  # fmt: skip
     try:

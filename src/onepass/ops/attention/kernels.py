@@ -69,7 +69,6 @@ def _table(op: str, function: str) -> KernelTable:
                 _cpu_merge_unsupported if merging else _cpu_unsupported,
                 f"{_CPU}:{function}",
                 unavailable=cpu_library.unavailable,
-                direct=f"{_CPU}:direct_{function}" if function in ("forward", "decode") else None,
             ),
             Kernel(
                 "reference", 0, _reference_unsupported, f"{_REFERENCE}:{function}", _reference_slow, by_name_only=True

@@ -144,8 +144,8 @@ def decode(
     softcap: float,
     num_splits: int,
     need_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """out (batch, seqlen_q, nheads_q, head_dim_v) and, if needed, lse (batch, nheads_q, seqlen_q)."""
+) -> tuple[Tensor, Tensor]:
+    """out (batch, seqlen_q, nheads_q, head_dim_v) and lse (batch, nheads_q, seqlen_q), which is empty if not needed."""
     check_cache_contents(k_cache, cache_seqlens, page_table)
     k, v = k_cache, v_cache
     if page_table is not None and cache_seqlens is not None:
@@ -160,7 +160,7 @@ def decode(
     scores = _scores(q, k, None, alibi_slopes, stored, softmax_scale, window_left, window_right, shift, softcap).values
     lse = _log_sum_exp(scores, attn_sink)
     out = _round(_probabilities(scores, lse), q.dtype) @ _per_query_head(v, q.shape[2])
-    return out.transpose(1, 2).to(q.dtype).contiguous(), lse.to(lse_dtype(q.dtype)) if need_lse else None
+    return out.transpose(1, 2).to(q.dtype).contiguous(), (lse if need_lse else lse.new_empty(0)).to(lse_dtype(q.dtype))
 
 
 def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onepass.core import torch_compat
-from onepass.core.operation import register
-from onepass.core.registry import direct, select
+from onepass.core.operation import Operation
+from onepass.core.replay import PlainCalls
 from onepass.ops.attention import kernels, spec
 
 Tensors = tuple[Tensor, ...]
@@ -22,158 +21,36 @@ _OPTIONS = (
     "float softcap, float dropout_p, bool deterministic"
 )
 
-# The bodies: check, choose, launch. The arguments are spelled out: *args would cost a microsecond.
+# What the kernels judge: the arguments but for the backend.
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    attn_sink: Tensor | None,
-    key_mask: Tensor | None,
-    rng_state: Tensor | None,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    bottom_right: bool,
-    softcap: float,
-    dropout_p: float,
-    deterministic: bool,
-    backend: str,
-) -> Tensors:
-    facts = spec.attention_facts(
-        q,
-        k,
-        v,
-        attn_bias,
-        alibi_slopes,
-        attn_sink,
-        key_mask,
-        rng_state,
-        window_left,
-        window_right,
-        bottom_right,
-        softcap,
-        dropout_p,
-        deterministic,
-    )
-    result: Tensors = select(kernels.FORWARD, facts, backend)(
-        q,
-        k,
-        v,
-        attn_bias,
-        alibi_slopes,
-        attn_sink,
-        key_mask,
-        rng_state,
-        softmax_scale,
-        window_left,
-        window_right,
-        bottom_right,
-        softcap,
-        dropout_p,
-        deterministic,
-    )
-    return result
+def _forward_facts(*call: Any) -> tuple[Any, ...]:
+    return spec.attention_facts(*call[:8], *call[9:])  # all but softmax_scale
 
 
-def _backward(*args: Any) -> Tensors:
-    *call, backend = args
-    result: Tensors = select(kernels.BACKWARD, _backward_facts(call), backend)(*call)
-    return result
-
-
-def _backward_facts(call: list[Any]) -> tuple[Any, ...]:
+def _backward_facts(*call: Any) -> tuple[Any, ...]:
     do, dlse, q, k, v, out, lse, attn_bias, alibi_slopes, attn_sink, key_mask, rng_state, _, *rest = call
     facts = spec.attention_facts(q, k, v, attn_bias, alibi_slopes, attn_sink, key_mask, rng_state, *rest)
     spec.check_backward(do, dlse, q, v, out, lse)
     return facts
 
 
-def _decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor | None,
-    page_table: Tensor | None,
-    alibi_slopes: Tensor | None,
-    attn_sink: Tensor | None,
-    k_descale: Tensor | None,
-    v_descale: Tensor | None,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    num_splits: int,
-    need_lse: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor | None]:
-    facts = spec.decode_facts(
-        q,
-        k_cache,
-        v_cache,
-        cache_seqlens,
-        page_table,
-        alibi_slopes,
-        attn_sink,
-        k_descale,
-        v_descale,
-        window_left,
-        window_right,
-        softcap,
-    )
-    result: tuple[Tensor, Tensor | None] = select(kernels.DECODE, facts, backend)(
-        q,
-        k_cache,
-        v_cache,
-        cache_seqlens,
-        page_table,
-        alibi_slopes,
-        attn_sink,
-        k_descale,
-        v_descale,
-        softmax_scale,
-        window_left,
-        window_right,
-        softcap,
-        num_splits,
-        need_lse,
-    )
-    return result
+def _decode_facts(*call: Any) -> tuple[Any, ...]:
+    return spec.decode_facts(*call[:9], *call[10:-2])  # all but softmax_scale, num_splits and need_lse
 
 
-def _decode_op_body(*args: Any) -> Tensors:
-    """The operation has a fixed number of outputs: an lse that nobody needs is empty."""
-    out, lse = _decode(*args)
-    return out, out.new_empty(0, dtype=spec.lse_dtype(out.dtype)) if lse is None else lse
-
-
-def _merge(outs: Tensor, lses: Tensor, backend: str) -> Tensors:
-    result: Tensors = select(kernels.MERGE, spec.merge_facts(outs, lses), backend)(outs, lses)
-    return result
-
-
-def _merge_backward(
-    do: Tensor, dlse: Tensor | None, outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor, backend: str
-) -> Tensors:
+def _merge_backward_facts(
+    do: Tensor, dlse: Tensor | None, outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Any, ...]:
     facts = spec.merge_facts(outs, lses)
     spec.check_merge_backward(do, dlse, outs, lses, out, lse)
-    result: Tensors = select(kernels.MERGE_BACKWARD, facts, backend)(do, dlse, outs, lses, out, lse)
-    return result
+    return facts
 
 
-# The fakes: the same checks, and outputs of the right shape.
+# The fakes: outputs of the right shape.
 
 
-def _forward_fake(*args: Any) -> Tensors:
-    facts = args[:8] + args[9:-1]  # all but softmax_scale and backend
-    spec.attention_facts(*facts)
-    return _new_outputs(args[0], args[2])
-
-
-def _new_outputs(q: Tensor, v: Tensor) -> Tensors:
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensors:
     batch, seqlen_q, nheads_q, _ = q.shape
     return (
         q.new_empty((batch, seqlen_q, nheads_q, v.shape[3])),
@@ -181,9 +58,7 @@ def _new_outputs(q: Tensor, v: Tensor) -> Tensors:
     )
 
 
-def _backward_fake(*args: Any) -> Tensors:
-    *call, _ = args
-    _backward_facts(call)
+def _backward_fake(*call: Any) -> Tensors:
     _, _, q, k, v, _, _, attn_bias, _, attn_sink = call[:10]
     need_dq, need_dkv, need_dbias, need_dsink = call[-4:]
     return (
@@ -199,23 +74,19 @@ def _new_gradient(q: Tensor, of: Tensor | None, needed: bool) -> Tensor:
     return of.new_empty(of.shape) if needed and of is not None else q.new_empty((0,))
 
 
-def _decode_fake(*args: Any) -> Tensors:
-    facts = args[:9] + args[10:-3]  # all but softmax_scale, num_splits, need_lse and backend
-    spec.decode_facts(*facts)
-    out, lse = _new_outputs(args[0], args[2])
-    return out, lse if args[-2] else lse.new_empty(0)
+def _decode_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *options: Any) -> Tensors:
+    out, lse = _forward_fake(q, k_cache, v_cache)
+    need_lse = options[-1]
+    return out, lse if need_lse else lse.new_empty(0)
 
 
-def _merge_fake(outs: Tensor, lses: Tensor, backend: str) -> Tensors:
-    spec.merge_facts(outs, lses)
+def _merge_fake(outs: Tensor, lses: Tensor) -> Tensors:
     return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
 
 
 def _merge_backward_fake(
-    do: Tensor, dlse: Tensor | None, outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor, backend: str
+    do: Tensor, dlse: Tensor | None, outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor
 ) -> Tensors:
-    spec.merge_facts(outs, lses)
-    spec.check_merge_backward(do, dlse, outs, lses, out, lse)
     return outs.new_empty(outs.shape), lses.new_empty(lses.shape)
 
 
@@ -237,11 +108,7 @@ def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Te
     if do is None:
         do = torch.zeros_like(out)
     needs = (need_q, need_k or need_v, need_bias, need_sink)
-    call = (do, dlse, q, k, v, out, lse, *optional, *options, *needs, backend)
-    plain = torch_compat.below_dispatcher(do, dlse, q, k, v, out, lse, *optional) and not (
-        torch_compat.batched_gradient(do) or (dlse is not None and torch_compat.batched_gradient(dlse))
-    )
-    dq, dk, dv, dbias, dsink = _backward(*call) if plain else _backward_op(*call)
+    dq, dk, dv, dbias, dsink = backward(do, dlse, q, k, v, out, lse, *optional, *options, *needs, backend)
     return (
         dq if need_q else None,
         dk if need_k else None,
@@ -266,7 +133,7 @@ def _differentiate_merge(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tu
         return None, None, None
     if do is None:
         do = torch.zeros_like(out)
-    douts, dlses = _merge_backward_op(do, dlse, outs, lses, out, lse, ctx.backend)
+    douts, dlses = merge_backward(do, dlse, outs, lses, out, lse, ctx.backend)
     return douts, dlses, None
 
 
@@ -274,76 +141,61 @@ def _differentiate_merge(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tu
 
 _NO_VMAP = "make the mapped dimension part of batch, x.movedim(dim, 0).flatten(0, 1)"
 
-_forward_op = register(
+backward = Operation(
+    f"attention_bwd(Tensor do, Tensor? dlse, {_OPTIONS.format(more='Tensor out, Tensor lse, ')}, bool need_dq, "
+    "bool need_dkv, bool need_dbias, bool need_dsink, str backend) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
+    table=kernels.BACKWARD,
+    facts=_backward_facts,
+    fake=_backward_fake,
+    public="attention",
+    vmap_advice=_NO_VMAP,
+)
+forward = Operation(
     f"attention_fwd({_OPTIONS.format(more='')}, str backend) -> (Tensor out, Tensor lse)",
-    _forward,
-    _forward_fake,
+    table=kernels.FORWARD,
+    facts=_forward_facts,
+    fake=_forward_fake,
     public="attention",
     save=_save,
     differentiate=_differentiate,
     vmap_advice=_NO_VMAP,
 )
-_backward_op = register(
-    f"attention_bwd(Tensor do, Tensor? dlse, {_OPTIONS.format(more='Tensor out, Tensor lse, ')}, bool need_dq, "
-    "bool need_dkv, bool need_dbias, bool need_dsink, str backend) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
-    _backward,
-    _backward_fake,
-    public="attention",
-    vmap_advice=_NO_VMAP,
-)
-_decode_op = register(
+decode = Operation(
     "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens, Tensor? page_table, "
     "Tensor? alibi_slopes, Tensor? attn_sink, Tensor? k_descale, Tensor? v_descale, float softmax_scale, "
     "SymInt window_left, SymInt window_right, float softcap, SymInt num_splits, bool need_lse, str backend) "
     "-> (Tensor out, Tensor lse)",
-    _decode_op_body,
-    _decode_fake,
+    table=kernels.DECODE,
+    facts=_decode_facts,
+    fake=_decode_fake,
     public="attention_decode",
     refusal="onepass.attention_decode is forward only: train with onepass.attention",
     vmap_advice=_NO_VMAP,
 )
-_merge_op = register(
+merge_backward = Operation(
+    "merge_attention_bwd(Tensor do, Tensor? dlse, Tensor outs, Tensor lses, Tensor out, Tensor lse, str backend) "
+    "-> (Tensor douts, Tensor dlses)",
+    table=kernels.MERGE_BACKWARD,
+    facts=_merge_backward_facts,
+    fake=_merge_backward_fake,
+    public="merge_attention",
+    vmap_advice=_NO_VMAP,
+)
+merge = Operation(
     "merge_attention(Tensor outs, Tensor lses, str backend) -> (Tensor out, Tensor lse)",
-    _merge,
-    _merge_fake,
+    table=kernels.MERGE,
+    facts=spec.merge_facts,
+    fake=_merge_fake,
     public="merge_attention",
     save=_save_merge,
     differentiate=_differentiate_merge,
     vmap_advice=_NO_VMAP,
 )
-_merge_backward_op = register(
-    "merge_attention_bwd(Tensor do, Tensor? dlse, Tensor outs, Tensor lses, Tensor out, Tensor lse, str backend) "
-    "-> (Tensor douts, Tensor dlses)",
-    _merge_backward,
-    _merge_backward_fake,
-    public="merge_attention",
-    vmap_advice=_NO_VMAP,
-)
 
 
-# What api.py calls: through the dispatcher, or straight to the body when the dispatcher has nothing to add.
+# What api.py calls: out and lse.
 
-
-def attention_fwd(call: tuple[Any, ...], need_lse: bool) -> tuple[Tensor, Tensor | None]:
-    if torch_compat.below_dispatcher(*call[:8]):
-        if not need_lse and (out := direct(kernels.FORWARD, call[-1], call[0].is_cpu)(call)) is not None:
-            return out, None
-        out, lse = _forward(*call)
-        return out, lse
-    out, lse = _forward_op(*call)
-    return out, lse
-
-
-def attention_decode(call: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
-    if torch_compat.below_dispatcher(*call[:9]):
-        if (out := direct(kernels.DECODE, call[-1], call[0].is_cpu)(call)) is not None:
-            return out, None
-        return _decode(*call)
-    out, lse = _decode_op(*call)
-    return out, lse
-
-
-def merge_attention(outs: Tensor, lses: Tensor, backend: str) -> Tensors:
-    result: Tensors = _merge_op(outs, lses, backend)
-    return result
+attended = PlainCalls(kernels.FORWARD, forward.body, forward)
+decoded = PlainCalls(kernels.DECODE, decode.body, decode)
+merged = PlainCalls(kernels.MERGE, merge.body, merge)

@@ -176,8 +176,5 @@ forward = _Forward(
 
 def linear_cross_entropy(call: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """loss and lse, for the arguments of linear_cross_entropy_fwd."""
-    if torch_compat.below_dispatcher(*call[:4]):
-        loss, lse, *_ = forward.body(*call)
-    else:
-        loss, lse, *_ = forward(*call)
+    loss, lse, *_ = forward(*call)
     return loss, lse

@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor
 
 from onepass.core.operation import Operation
-from onepass.core.registry import select
 from onepass.core.replay import PlainCalls
 from onepass.ops.repeat_kv import kernels, spec
 
@@ -45,10 +44,5 @@ forward = Operation(
     differentiate=_differentiate,
 )
 
-
-def _launch(x: Tensor, n_rep: int, backend: str) -> Tensor:
-    out: Tensor = select(kernels.FORWARD, spec.repeat_kv_facts(x, n_rep), backend)(x, n_rep)
-    return out
-
-
-repeated = PlainCalls(kernels.FORWARD, _launch, forward)
+# What api.py calls.
+repeated = PlainCalls(kernels.FORWARD, forward.body, forward)

@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor
 
 from onepass.core.operation import Operation
-from onepass.core.registry import select
 from onepass.core.replay import PlainCalls
 from onepass.ops.rope import kernels, spec
 
@@ -60,11 +59,5 @@ forward = Operation(
     differentiate=_differentiate,
 )
 
-
-def _launch(*call: Any) -> tuple[Tensor, Tensor]:
-    *arguments, backend = call
-    q_out, k_out = select(kernels.FORWARD, spec.rope_facts(*arguments), backend)(*arguments)
-    return q_out, k_out
-
-
-rotated = PlainCalls(kernels.FORWARD, _launch, forward)
+# What api.py calls.
+rotated = PlainCalls(kernels.FORWARD, forward.body, forward)

@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor
 
 from onepass.core.operation import Operation
-from onepass.core.registry import select
 from onepass.core.replay import PlainCalls
 from onepass.ops.swiglu import kernels, spec
 
@@ -52,10 +51,5 @@ forward = Operation(
     differentiate=_differentiate,
 )
 
-
-def _launch(gate: Tensor, up: Tensor, activation: str, backend: str) -> Tensor:
-    out: Tensor = select(kernels.FORWARD, spec.swiglu_facts(gate, up, activation), backend)(gate, up, activation)
-    return out
-
-
-gated = PlainCalls(kernels.FORWARD, _launch, forward)
+# What api.py calls.
+gated = PlainCalls(kernels.FORWARD, forward.body, forward)

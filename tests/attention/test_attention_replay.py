@@ -1,6 +1,5 @@
-"""The short way of plain calls (csrc/direct.cpp): the bits of the ordinary way, and no call that is not its own."""
+"""Plain calls of attention that csrc/replay.cpp does again: the bits of the ordinary way, and only what it knows."""
 
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -9,33 +8,18 @@ import torch
 from torch import Tensor
 
 import onepass
-from onepass.core import cpu_library
-from onepass.ops.attention import cpu, kernels
+from onepass.core import cpu_library, replay
+from onepass.ops.attention import kernels, registration
 from onepass.ops.attention.inputs import CASES, AttentionCase, DecodeCase
+from onepass.testing.replays import SEEN, Ordinary
 
 pytestmark = pytest.mark.skipif(
-    not cpu_library.has_direct_calls(), reason="this PyTorch lacks part of its stable C interface"
+    cpu_library.host_functions() is None, reason="this PyTorch lacks the C interface that replays need"
 )
 
 
-@pytest.fixture
-def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """Whether each call that the direct launchers saw was taken."""
-    seen: list[bool] = []
-
-    def spy(launcher: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
-        def run(call: tuple[Any, ...]) -> Tensor | None:
-            out = launcher(call)
-            seen.append(out is not None)
-            return out
-
-        return run
-
-    for table, name in ((kernels.FORWARD, "direct_forward"), (kernels.DECODE, "direct_decode")):
-        monkeypatch.setattr(cpu, name, spy(getattr(cpu, name)))
-        table.forget()
-    yield seen
-    monkeypatch.undo()
+@pytest.fixture(autouse=True)
+def fresh_plans() -> None:
     for table in (kernels.FORWARD, kernels.DECODE):
         table.forget()
 
@@ -50,19 +34,23 @@ def run(case: AttentionCase | DecodeCase, inputs: dict[str, Tensor], **more: Any
 @pytest.mark.parametrize(
     "case", [case for case in CASES if isinstance(case, AttentionCase | DecodeCase)], ids=lambda case: case.name
 )
-def test_the_direct_way_gives_the_bits_of_the_ordinary_way(
-    case: AttentionCase | DecodeCase, dtype: torch.dtype, answers: list[bool]
+def test_a_replay_gives_the_bits_of_the_ordinary_way(
+    case: AttentionCase | DecodeCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = case.inputs(dtype, "cpu", torch.Generator().manual_seed(1))
     if "cpu" not in case.backends(inputs):
         pytest.skip("the cpu backend does not do this case")
-    out, _ = run(case, inputs, return_lse=True)
-    assert answers in ([], [False])  # attention does not ask when lse is wanted, attention_decode is declined
-    answers.clear()
-    direct = run(case, inputs)
-    assert answers == ["key_mask" not in inputs]
-    assert torch.equal(direct, out)
-    assert (direct.stride(), direct.dtype) == (out.stride(), out.dtype)
+    calls = registration.decoded if isinstance(case, DecodeCase) else registration.attended
+    ordinary = Ordinary(calls, monkeypatch)
+    with replay.paused():
+        expected = run(case, inputs, return_lse=True)
+    for _ in range(SEEN + 1):
+        outputs = run(case, inputs, return_lse=True)
+    assert ordinary.count == 2, "the call was not replayed"
+    for x, other in zip(outputs, expected, strict=True):
+        assert torch.equal(x, other)
+        assert (x.stride(), x.dtype) == (other.stride(), other.dtype)
+    assert torch.equal(run(case, inputs), expected[0])
 
 
 @pytest.mark.parametrize(
@@ -78,26 +66,34 @@ def test_the_direct_way_gives_the_bits_of_the_ordinary_way(
         {},  # fp64
     ],
 )
-def test_what_is_not_plain_goes_the_ordinary_way(change: dict[str, Tensor], answers: list[bool]) -> None:
+def test_what_is_not_plain_goes_the_ordinary_way(change: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = {name: torch.zeros(2, 9, 2, 16).double() for name in "qkv"} | change
-    with pytest.raises((ValueError, TypeError, onepass.UnsupportedError, RuntimeError)):
-        onepass.attention(inputs["q"], inputs["k"], inputs["v"])
-    assert not any(answers)
+    ordinary = Ordinary(registration.attended, monkeypatch)
+    for _ in range(SEEN + 1):
+        with pytest.raises((ValueError, TypeError, onepass.UnsupportedError, RuntimeError)):
+            onepass.attention(inputs["q"], inputs["k"], inputs["v"])
+    assert ordinary.count == SEEN + 1
 
 
-def test_a_length_past_the_cache_is_declined_and_explained(answers: list[bool]) -> None:
-    q, cache = torch.zeros(2, 1, 2, 16), torch.zeros(2, 5, 2, 16)
+def test_a_length_past_the_cache_is_explained() -> None:
+    q, cache, fits = torch.zeros(2, 1, 2, 16), torch.zeros(2, 5, 2, 16), torch.tensor([5, 4], dtype=torch.int32)
+    for _ in range(SEEN):
+        onepass.attention_decode(q, cache, cache, cache_seqlens=fits)
     with pytest.raises(ValueError, match=r"cache_seqlens\[1\] is 6"):
         onepass.attention_decode(q, cache, cache, cache_seqlens=torch.tensor([5, 6], dtype=torch.int32))
-    assert answers == [False]
 
 
-def test_another_backend_is_not_asked(answers: list[bool]) -> None:
+def test_another_backend_is_another_call(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.zeros(1, 3, 2, 16)
+    for _ in range(SEEN):
+        onepass.attention(q, q, q)
+    ordinary = Ordinary(registration.attended, monkeypatch)
+    onepass.attention(q, q, q)
+    assert ordinary.count == 0
     onepass.attention(q, q, q, backend="reference")
     with onepass.use_backend("reference"):
         onepass.attention(q, q, q)
-    assert answers == []
+    assert ordinary.count == 2
 
 
 def test_handles_do_not_leak() -> None:
@@ -105,9 +101,11 @@ def test_handles_do_not_leak() -> None:
     lengths = torch.tensor([7], dtype=torch.int32)
     use_counts = [x._use_count() for x in (q, k, lengths)]
     for wanted in (lengths, None, torch.tensor([71], dtype=torch.int32)):
-        with suppress(ValueError):  # the last is past the cache
-            onepass.attention_decode(q, k, k, cache_seqlens=wanted)
-    onepass.attention(q, k, k)
+        for _ in range(SEEN + 1):
+            with suppress(ValueError):  # the last is past the cache
+                onepass.attention_decode(q, k, k, cache_seqlens=wanted)
+    for _ in range(SEEN + 1):
+        onepass.attention(q, k, k)
     assert [x._use_count() for x in (q, k, lengths)] == use_counts
     assert onepass.attention(q, k, k)._use_count() == 1
     assert onepass.attention_decode(q, k, k)._use_count() == 1
@@ -156,9 +154,9 @@ def test_batched_and_zero_gradients() -> None:
     assert torch.equal(zero, torch.zeros_like(q))
 
 
-def test_head_dims_that_the_kernels_lack_are_declined(answers: list[bool]) -> None:
+def test_head_dims_that_the_kernels_lack_are_declined() -> None:
     q, v = torch.zeros(1, 2, 1, 257), torch.zeros(1, 2, 1, 16)
     for tensors in ((q, q, v), (v, v, q)):
-        with pytest.raises(onepass.UnsupportedError, match="257 is above 256"):
-            onepass.attention(*tensors)
-    assert answers == [False, False]
+        for _ in range(SEEN + 1):
+            with pytest.raises(onepass.UnsupportedError, match="257 is above 256"):
+                onepass.attention(*tensors)
