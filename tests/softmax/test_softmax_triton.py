@@ -11,12 +11,14 @@ pytestmark = pytest.mark.skipif(env.triton_interpreted(), reason="interpreted ke
 
 
 def _launch() -> None:
-    from onepass.ops.softmax.triton import bwd, fwd
+    from onepass.ops.softmax.triton import bwd, fwd, ring
 
     for dtype in (torch.float32, torch.bfloat16):
         for columns in (33, 4096, 50000, 70000):
             x = torch.empty(3, columns, dtype=dtype)
             bwd.backward(x, fwd.forward(x))
+        for columns in (36000, 32768):
+            ring.forward(torch.empty(3, columns, dtype=dtype), torch.empty(3, columns, dtype=dtype))
 
 
 def test_compiles_for_every_target() -> None:

@@ -59,6 +59,7 @@ class Launch:
     constants: Mapping[str, Any]
     options: Mapping[str, Any]
     nvidia_options: Mapping[str, Any]
+    targets: str
 
     @property
     def name(self) -> str:
@@ -89,7 +90,8 @@ def _recording(add: Callable[[Launch], Any]) -> Iterator[None]:
         describe: Callable[[], Description],
     ) -> None:
         arguments, constants, num_warps = describe()
-        add(Launch(self.kernel, tuple(arguments), dict(constants), {"num_warps": num_warps}, self.nvidia_options))
+        options = {"num_warps": num_warps}
+        add(Launch(self.kernel, tuple(arguments), dict(constants), options, self.nvidia_options, self.targets))
 
     ordinary = Launcher.__call__
     Launcher.__call__ = record  # type: ignore[method-assign]
@@ -104,6 +106,7 @@ def compiled(launch: Launch, target: str) -> str:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     backend, arch, warp = TARGETS[target]
     signature, constants, attributes = _signature(launch)
@@ -112,7 +115,8 @@ def compiled(launch: Launch, target: str) -> str:
     gpu = GPUTarget(backend, arch, warp)
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope(), _active(gpu):
         triton.knobs.cache.dir = folder  # a hit in the user's cache would compile nothing
-        source = ASTSource(launch.kernel, signature, constants, attributes)
+        make = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+        source = make(launch.kernel, signature, constants, attributes)
         kernel = triton.compile(source, target=gpu, options=options)
         return str(kernel.asm["ptx" if backend == "cuda" else "amdgcn"])
 
@@ -139,7 +143,12 @@ def assert_every_kernel_compiles(package: str, launches: Sequence[Launch]) -> No
     found = {_place(launcher.kernel) for launcher in _launchers(package)}
     reached = {_place(launch.kernel) for launch in launches}
     assert found == reached, f"not launched: {sorted(found - reached)}; not in {package}: {sorted(reached - found)}"
-    work = [(launch, target) for target in TARGETS for launch in launches]
+    work = [
+        (launch, target)
+        for target, (backend, _, _) in TARGETS.items()
+        for launch in launches
+        if launch.targets in ("", backend)
+    ]
     _work[:] = work
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         failures = [failure for failure in pool.map(_failure, range(len(work)), chunksize=4) if failure]

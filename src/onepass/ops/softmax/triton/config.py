@@ -34,24 +34,38 @@ class SharedConfig:
     programs_per_processor: int
 
 
+@dataclass(frozen=True)
+class RingConfig:
+    """Rows that pass through a ring of stages in shared memory; `most_bytes` of a row leave some for the next one."""
+
+    stage_bytes: int
+    stages: int
+    num_warps: int
+    most_bytes: int
+
+
 _MOST_WARPS = 32 if torch.version.hip is None else 16  # a block has 1024 threads at most
 _FORWARD_WHOLE_ROW = 32768  # the widest row that is held in registers
 _BACKWARD_WHOLE_ROW = 16384
 _FORWARD_WIDE = SoftmaxConfig(1, 8192, _MOST_WARPS, stages=1, programs_per_processor=2)
 _HELD_BYTES = 128 << 10  # of a row that the registers of one multiprocessor hold
 
-# On an H200, bf16, 65536 columns: 3500 GB/s forward, 3550 to 3580 backward.
 VECTOR_BYTES = 16  # a thread's load
+RING = RingConfig(16 << 10, 12, 16, 160 << 10)
 FORWARD_HELD = HeldConfig(4096, _MOST_WARPS)
 BACKWARD_WIDE = SharedConfig(2048, 4, 4)
 
 
 def forward_config(columns: int) -> SoftmaxConfig:
-    return _FORWARD_WIDE if columns > _FORWARD_WHOLE_ROW else _whole_row(columns, elements_per_thread=16)
+    return _FORWARD_WIDE if wide(columns) else _whole_row(columns, elements_per_thread=16)
+
+
+def wide(columns: int) -> bool:
+    return columns > _FORWARD_WHOLE_ROW
 
 
 def held(columns: int, itemsize: int) -> bool:
-    return _FORWARD_WHOLE_ROW < columns <= _HELD_BYTES // itemsize
+    return wide(columns) and columns <= _HELD_BYTES // itemsize
 
 
 def backward_config(columns: int) -> SoftmaxConfig | None:

@@ -1,7 +1,8 @@
 """softmax on GPUs, forward.
 
-Rows that fit are held in registers: read once, written once. Wider rows are walked twice, first for their maximum and
-sum and then to be normalised. No more rows are in flight than the cache holds, so the second walk stays out of memory.
+Rows that fit are held in registers: read once, written once. Wider rows go through shared memory where ring.py takes
+them; else they are walked twice, first for their maximum and sum and then to be normalised. No more rows are in flight
+than the cache holds, so the second walk stays out of memory.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor
 from onepass.core.rows import as_rows
 from onepass.core.triton_backend import Launcher, multiprocessors
 from onepass.core.triton_functions import exp, online_softmax_end, online_softmax_step, unlike
-from onepass.ops.softmax.triton.config import FORWARD_HELD, VECTOR_BYTES, forward_config, held
+from onepass.ops.softmax.triton import ring
+from onepass.ops.softmax.triton.config import FORWARD_HELD, VECTOR_BYTES, forward_config, held, wide
 
 
 @triton.jit
@@ -106,6 +108,8 @@ def forward(x: Tensor) -> Tensor:
             {"BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols},
             num_warps=config.num_warps,
         )
+    elif wide(columns) and ring.takes(x_rows):
+        ring.forward(x_rows, y)
     elif held(columns, x.itemsize):
         _held_fwd.launch(
             (rows, 1, 1),
