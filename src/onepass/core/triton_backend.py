@@ -76,20 +76,12 @@ def most_warps(device: torch.device) -> int:
     return 16 if torch.version.hip is not None and device.type == "cuda" else 32
 
 
-# What a launch of a new kind needs: the arguments before the constexprs, with tensors, the constexprs, num_warps.
-Description = tuple[Sequence[Any], dict[str, Any], int]
-
-
 class Launcher:
-    """A @triton.jit function whose launches cost 3 us of host time once it is compiled, where Triton's own cost 20.
+    """A @triton.jit function that is launched through a table of what has been compiled: 10 us of host time, where
+    Triton's own way costs 20. (core/replay.py does a call that has been seen before in 5 us, launches and all.)
 
         _kernel = Launcher(_norm_fwd_kernel)
-        _kernel(key, (programs, 1, 1), x.device, numbers, describe)
-
-    `numbers` are the arguments before the constexprs with pointers as ints (x.data_ptr(), 0 for None). `describe()`
-    gives the same with tensors, and the rest, when a kind of launch is new. `key` must tell kinds apart: all that
-    Triton specialises on (dtypes, constexprs, num_warps, pointers and ints divisible by 16, ints that are 1 or of more
-    than 32 bits).
+        _kernel.launch((programs, 1, 1), x.device, (x, y, rows), {"BLOCK_COLS": 1024}, num_warps=4)
     """
 
     def __init__(self, kernel: Any, most_registers: int | None = None, targets: str = "") -> None:
@@ -101,27 +93,6 @@ class Launcher:
         self.nvidia_options = {} if most_registers is None else {"maxnreg": most_registers}
         self._compiled: dict[Any, Any] = {}
 
-    def __call__(
-        self,
-        key: Any,
-        grid: tuple[int, int, int],
-        device: torch.device,
-        numbers: Sequence[int | float],
-        describe: Callable[[], Description],
-    ) -> None:
-        index = device.index
-        known = self._compiled.get((index, key))
-        if known is not None and _current_device() == index:
-            run, function, metadata, constants, compiled = known
-            run(*grid, _current_stream(index), function, metadata, None, None, None, *numbers, *constants)
-            if launches.watched:
-                launches.tell(_written_down(compiled, grid, numbers))
-        elif device.type != "cuda" or _current_device() == index:
-            self._launch(known, (index, key), grid, device, describe)
-        else:
-            with torch.cuda.device(device):
-                self._launch(known, (index, key), grid, device, describe)
-
     def launch(
         self,
         grid: tuple[int, int, int],
@@ -131,8 +102,8 @@ class Launcher:
         *,
         num_warps: int,
     ) -> None:
-        """The same without a key of the caller's: it is made of all the arguments, which costs 10 us."""
-        kinds: list[Any] = []
+        """`arguments` are those before the constexprs, `constants` the constexprs, both in the kernel's order."""
+        kinds: list[Any] = []  # all that Triton compiles a kernel anew for
         numbers: list[int | float] = []
         for argument in arguments:
             if isinstance(argument, Tensor):
@@ -140,27 +111,37 @@ class Launcher:
                 kinds.append((argument.dtype, argument.data_ptr() & 15 == 0))
             elif isinstance(argument, int):
                 numbers.append(argument)
-                kinds.append(specialised(argument))
+                kinds.append((argument == 1) | (argument % 16 == 0) << 1 | (argument >= 2**31) << 2)
             else:
                 numbers.append(0 if argument is None else argument)
                 kinds.append(type(argument))
-        key = (*kinds, *constants.values(), num_warps)
-        self(key, grid, device, numbers, lambda: (arguments, constants, num_warps))
+        values = constants.values()
+        key = (device.index, *kinds, *values, num_warps)
+        compiled = self._compiled.get(key)
+        if compiled is not None and _current_device() == device.index:
+            run, function, metadata, whole = compiled
+            run(*grid, _current_stream(device.index), function, metadata, None, None, None, *numbers, *values)
+            if launches.watched:
+                launches.tell(_written_down(whole, grid, numbers))
+        elif device.type != "cuda" or _current_device() == device.index:
+            self._by_triton(key, grid, device, arguments, constants, num_warps)
+        else:
+            with torch.cuda.device(device):
+                self._by_triton(key, grid, device, arguments, constants, num_warps)
 
-    def _launch(
+    def _by_triton(
         self,
-        known: Any,
         key: Any,
         grid: tuple[int, int, int],
         device: torch.device,
-        describe: Callable[[], Description],
+        arguments: Sequence[Any],
+        constants: dict[str, Any],
+        num_warps: int,
     ) -> None:
-        arguments, constants, num_warps = describe()
         more = self.nvidia_options if device.type == "cuda" and torch.version.hip is None else {}
-        compiled = self.kernel[grid](*arguments, **constants, num_warps=num_warps, **more)
-        if known is None and device.type == "cuda":
-            values = tuple(constants.values())
-            self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, values, compiled
+        whole = self.kernel[grid](*arguments, **constants, num_warps=num_warps, **more)
+        if device.type == "cuda":
+            self._compiled[key] = whole.run, whole.function, whole.packed_metadata, whole
         if launches.watched:
             launches.tell(None)
 
@@ -202,19 +183,7 @@ def _written_down(compiled: Any, grid: tuple[int, int, int], numbers: Sequence[i
 
 def aligned(*pointers: int) -> bool:
     """Whether all are divisible by 16, as loads of 16 bytes need it."""
-    together = 0
-    for pointer in pointers:
-        together |= pointer
-    return together & 15 == 0
-
-
-def specialised(*numbers: int) -> tuple[int, ...]:
-    """What of these ints a kernel is compiled for, to go into a key: 1, divisible by 16, more than 32 bits."""
-    return tuple([(n == 1) | (n % 16 == 0) << 1 | (n >= 2**31) << 2 for n in numbers])
-
-
-def pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    return all(pointer & 15 == 0 for pointer in pointers)
 
 
 _current_device: Callable[[], int] = torch._C._cuda_getDevice if hasattr(torch._C, "_cuda_getDevice") else lambda: -1

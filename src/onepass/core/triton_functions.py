@@ -31,6 +31,33 @@ def exp(x):
 
 
 @triton.jit
+def tanh(u):
+    """To a few units in the last place: a series near 0, where 1 - 2 / (exp(2u) + 1) cancels."""
+    square = u * u
+    near = u * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
+    far = 1.0 - 2.0 / (tl.exp(2.0 * u) + 1.0)
+    return tl.where(tl.abs(u) < 0.25, near, far)
+
+
+@triton.jit
+def load(ptr, mask, EVEN: tl.constexpr, EVICT: tl.constexpr = None, OTHER: tl.constexpr = 0.0):
+    """As fp32; OTHER where masked. EVEN: the mask is true everywhere, and costs nothing."""
+    if EVEN:
+        return tl.load(ptr, eviction_policy=EVICT).to(tl.float32)
+    else:
+        return tl.load(ptr, mask=mask, other=OTHER, eviction_policy=EVICT).to(tl.float32)
+
+
+@triton.jit
+def store(ptr, x, mask, EVEN: tl.constexpr):
+    """In the dtype of the memory."""
+    if EVEN:
+        tl.store(ptr, x.to(ptr.dtype.element_ty))
+    else:
+        tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def unlike(z, zero):
     """z, in a way that the compiler cannot see: else it would keep the fp32 of an earlier conversion in registers.
 

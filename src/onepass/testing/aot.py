@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from onepass.core import env
-from onepass.core.triton_backend import Description, Launcher
+from onepass.core.triton_backend import Launcher
 
 # (backend, architecture, threads in a warp) as Triton names them.
 TARGETS: Mapping[str, tuple[str, int | str, int]] = {
@@ -52,7 +52,7 @@ _MOST_THREADS = 1024  # of a block, on every target
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel: what `Launcher` was called with."""
+    """One launch of a kernel: what `Launcher.launch` was called with."""
 
     kernel: Any
     arguments: Sequence[Any]
@@ -83,22 +83,22 @@ def recorded(call: Callable[[], Any]) -> list[Launch]:
 def _recording(add: Callable[[Launch], Any]) -> Iterator[None]:
     def record(
         self: Launcher,
-        key: Any,
         grid: tuple[int, int, int],
         device: torch.device,
-        numbers: Sequence[int | float],
-        describe: Callable[[], Description],
+        arguments: Sequence[Any],
+        constants: dict[str, Any],
+        *,
+        num_warps: int,
     ) -> None:
-        arguments, constants, num_warps = describe()
         options = {"num_warps": num_warps}
         add(Launch(self.kernel, tuple(arguments), dict(constants), options, self.nvidia_options, self.targets))
 
-    ordinary = Launcher.__call__
-    Launcher.__call__ = record  # type: ignore[method-assign]
+    ordinary = Launcher.launch
+    Launcher.launch = record  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Launcher.__call__ = ordinary  # type: ignore[method-assign]
+        Launcher.launch = ordinary  # type: ignore[method-assign]
 
 
 def compiled(launch: Launch, target: str) -> str:

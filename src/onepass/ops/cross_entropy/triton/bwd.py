@@ -9,9 +9,8 @@ from torch import Tensor
 
 from onepass.core.rows import as_rows
 from onepass.core.triton_backend import Launcher
-from onepass.core.triton_functions import exp
+from onepass.core.triton_functions import exp, tanh
 from onepass.ops.cross_entropy.triton.config import backward_config
-from onepass.ops.cross_entropy.triton.softcap import tanh
 
 
 @triton.jit

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from onepass.core.rows import as_rows
 from onepass.core.triton_backend import Launcher
-from onepass.core.triton_functions import by_lane, exp, online_softmax_end, online_softmax_step
+from onepass.core.triton_functions import by_lane, exp, online_softmax_end, online_softmax_step, tanh
 from onepass.ops.cross_entropy.triton.config import FORWARD_WIDE, VECTOR_BYTES, forward_rows
-from onepass.ops.cross_entropy.triton.softcap import tanh
 
 
 @triton.jit

@@ -13,13 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from onepass.core.rows import as_row, as_rows
-from onepass.core.triton_backend import Description, Launcher, aligned, interpreted, multiprocessors, pointer
-from onepass.core.triton_functions import collect, start_exchange, tell, ticket
+from onepass.core.triton_backend import Launcher, interpreted, multiprocessors
+from onepass.core.triton_functions import collect, load, start_exchange, store, tell, ticket
 from onepass.ops.norm.triton.config import (
     BACKWARD_WIDE,
     BACKWARD_WIDE_PROGRAMS_PER_SM,
     LARGEST_TILE,
     backward_rows,
+    partials_block,
 )
 
 
@@ -29,23 +30,25 @@ def _rows_bwd_kernel(
     rows, columns, stride_dy, stride_dresidual, stride_x, offset,
     CENTER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DRESIDUAL: tl.constexpr, NEED_DX: tl.constexpr,
     NEED_DWEIGHT: tl.constexpr, NEED_DBIAS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     col = tl.arange(0, BLOCK_COLS)[None, :]
     if HAS_WEIGHT:
-        scale = tl.load(weight_ptr + col, mask=col < columns, other=0.0).to(tl.float32) + offset
+        scale = load(weight_ptr + col, col < columns, EVEN) + offset
     dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     # Staged: the next tiles travel to shared memory while this one is worked on.
     for start in tl.range(program * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_ROWS)[:, None].to(tl.int64)
         mask = (row < rows) & (col < columns)
-        xhat = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(dy_ptr + row * stride_dy + col, mask=mask, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        xhat = load(x_ptr + row * stride_x + col, mask, EVEN)
+        g = load(dy_ptr + row * stride_dy + col, mask, EVEN)
+        rstd = load(rstd_ptr + row, row < rows, EVEN)
         if CENTER:
-            xhat = tl.where(mask, xhat - tl.load(mean_ptr + row, mask=row < rows, other=0.0), 0.0)
+            xhat -= load(mean_ptr + row, row < rows, EVEN)
+            if not EVEN:
+                xhat = tl.where(mask, xhat, 0.0)
         xhat *= rstd
         if NEED_DWEIGHT:
             dweight += g * xhat
@@ -59,8 +62,8 @@ def _rows_bwd_kernel(
                 dx -= tl.sum(g, 1, keep_dims=True) / columns
             dx *= rstd
             if HAS_DRESIDUAL:
-                dx += tl.load(dresidual_ptr + row * stride_dresidual + col, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + row * columns + col, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+                dx += load(dresidual_ptr + row * stride_dresidual + col, mask, EVEN)
+            store(dx_ptr + row * columns + col, dx, mask, EVEN)
     partial = program.to(tl.int64) * columns + tl.arange(0, BLOCK_COLS)
     if NEED_DWEIGHT:
         tl.store(dweight_ptr + partial, tl.sum(dweight, 0), mask=tl.arange(0, BLOCK_COLS) < columns)
@@ -214,7 +217,12 @@ def backward(
     if whole:
         config = backward_rows(columns)
         partials = programs = min(-(-rows // config.block_rows), config.programs_per_sm * sms)
-        cut = {"BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols, "STAGES": config.stages}
+        cut = {
+            "BLOCK_ROWS": config.block_rows,
+            "BLOCK_COLS": config.block_cols,
+            "STAGES": config.stages,
+            "EVEN": rows % config.block_rows == 0 and columns == config.block_cols,
+        }
         num_warps, more = config.num_warps, []
     else:
         block_cols = columns if interpreted(x.device) else BACKWARD_WIDE.block_cols  # programs run one after the other
@@ -231,23 +239,9 @@ def backward(
     ]
     tensors = (dy_rows, dresidual_rows, x_rows, weight, mean, rstd, dx, *parts, *(() if whole else (exchange,)))
     strides = dy_rows.stride(0), 0 if dresidual_rows is None else dresidual_rows.stride(0), x_rows.stride(0)
-    scalars = (rows, columns, *strides, offset, *more)
-    pointers = tuple(map(pointer, tensors))
-    key = (
-        *(None if tensor is None else tensor.dtype for tensor in (dy, dresidual, x, weight)),
-        *constants.values(),
-        *cut.values(),
-        columns,
-        aligned(*pointers),
-        *(size % 16 == 0 for size in (rows, *strides, *more)),
-        *(size == 1 for size in (rows, *more)),
-        max(rows, columns, *strides) < 2**31,
-    )
-
-    def describe() -> Description:
-        return (*tensors, *scalars), constants | cut, num_warps
-
-    (_rows_bwd if whole else _wide_bwd)(key, (programs, 1, 1), x.device, (*pointers, *scalars), describe)
+    arguments = (*tensors, rows, columns, *strides, offset, *more)
+    kernel = _rows_bwd if whole else _wide_bwd
+    kernel.launch((programs, 1, 1), x.device, arguments, constants | cut, num_warps=num_warps)
     if need_dweight or need_dbias:
         _add(parts, dweight, dbias, partials, columns, need_dweight, need_dbias)
     return dx, dweight, dbias
@@ -263,12 +257,11 @@ def _add(
     need_dbias: bool,
 ) -> None:
     """dweight and dbias from their partials (partials, columns)."""
-    tensors = (*parts, dweight, dbias)
-    pointers = tuple(map(pointer, tensors))
-    key = (dweight.dtype, dbias.dtype, need_dweight, need_dbias, aligned(*pointers), columns, partials)
-
-    def describe() -> Description:
-        constants = {"NEED_DWEIGHT": need_dweight, "NEED_DBIAS": need_dbias, "BLOCK_PARTS": 32, "BLOCK_COLS": 32}
-        return (*tensors, partials, columns), constants, 4
-
-    _add_partials(key, (-(-columns // 32), 1, 1), dweight.device, (*pointers, partials, columns), describe)
+    block_parts, block_cols = partials_block(partials)
+    _add_partials.launch(
+        (-(-columns // block_cols), 1, 1),
+        dweight.device,
+        (*parts, dweight, dbias, partials, columns),
+        {"NEED_DWEIGHT": need_dweight, "NEED_DBIAS": need_dbias, "BLOCK_PARTS": block_parts, "BLOCK_COLS": block_cols},
+        num_warps=8,
+    )

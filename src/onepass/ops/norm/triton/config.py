@@ -69,6 +69,12 @@ BACKWARD_WIDE = WideConfig(2048, 2)
 BACKWARD_WIDE_PROGRAMS_PER_SM = 4
 
 
+def partials_block(partials: int) -> tuple[int, int]:
+    """Partials and columns of a block: all partials at once where possible, so that memory is waited for once."""
+    parts = min(512, max(32, 1 << (partials - 1).bit_length()))
+    return parts, 8192 // parts
+
+
 def _power_of_two(columns: int) -> int:
     return max(16, 1 << (columns - 1).bit_length())
 

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from onepass.core.rows import as_row, as_rows, empty_rows
-from onepass.core.triton_backend import Description, Launcher, aligned, most_warps, pointer
-from onepass.core.triton_functions import unlike
+from onepass.core.triton_backend import Launcher, most_warps
+from onepass.core.triton_functions import load, store, unlike
 from onepass.ops.norm.spec import statistics_dtype, sum_dtype
 from onepass.ops.norm.triton.config import FORWARD_WIDE, LARGEST_TILE, forward_held, forward_rereads, forward_rows
 
@@ -26,11 +26,14 @@ def _over(total, columns):
 
 
 @triton.jit
-def _affine(y, weight_ptr, bias_ptr, cols, mask, offset, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _affine(
+    y, weight_ptr, bias_ptr, cols, mask, offset,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     if HAS_WEIGHT:
-        y *= tl.load(weight_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32) + offset
+        y *= load(weight_ptr + cols, mask, EVEN, "evict_last") + offset
     if HAS_BIAS:
-        y += tl.load(bias_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        y += load(bias_ptr + cols, mask, EVEN, "evict_last")
     return y
 
 
@@ -39,23 +42,23 @@ def _rows_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
     rows, columns, stride_x, stride_residual, eps, offset, zero,
     CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    STATISTICS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    STATISTICS: tl.constexpr, EVEN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     col = tl.arange(0, BLOCK_COLS)[None, :]
     mask = (row < rows) & (col < columns)
-    z = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
+    z = load(x_ptr + row * stride_x + col, mask, EVEN)
     if HAS_RESIDUAL:
-        z += tl.load(residual_ptr + row * stride_residual + col, mask=mask, other=0.0).to(tl.float32)
+        z += load(residual_ptr + row * stride_residual + col, mask, EVEN)
         rounded = z.to(residual_out_ptr.dtype.element_ty)
-        tl.store(residual_out_ptr + row * columns + col, rounded, mask=mask)
+        store(residual_out_ptr + row * columns + col, rounded, mask, EVEN)
         z = rounded.to(tl.float32)
     if CENTER:
         mean = _over(tl.sum(z, 1, keep_dims=True), columns)
-        z = tl.where(mask, z - mean, 0.0)
+        z = z - mean if EVEN else tl.where(mask, z - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(z * z, 1, keep_dims=True) / columns + eps)
-    y = _affine(z * rstd, weight_ptr, bias_ptr, col, col < columns, offset, HAS_WEIGHT, HAS_BIAS)
-    tl.store(y_ptr + row * columns + col, y.to(y_ptr.dtype.element_ty), mask=mask)
+    y = _affine(z * rstd, weight_ptr, bias_ptr, col, col < columns, offset, HAS_WEIGHT, HAS_BIAS, EVEN)
+    store(y_ptr + row * columns + col, y, mask, EVEN)
     if STATISTICS:
         tl.store(rstd_ptr + row, rstd, mask=row < rows)
         if CENTER:
@@ -67,7 +70,7 @@ def _held_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
     rows, columns, stride_x, stride_residual, eps, offset, zero,
     CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    STATISTICS: tl.constexpr, BLOCK_COLS: tl.constexpr, STEPS: tl.constexpr,
+    STATISTICS: tl.constexpr, EVEN: tl.constexpr, BLOCK_COLS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_COLS)
@@ -77,11 +80,11 @@ def _held_fwd_kernel(
     for step in tl.static_range(STEPS):
         col = step * BLOCK_COLS + lane
         mask = col < columns
-        z = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0)
+        z = load(x_ptr + row * stride_x + col, mask, EVEN).to(x_ptr.dtype.element_ty)
         if HAS_RESIDUAL:
-            r = tl.load(residual_ptr + row * stride_residual + col, mask=mask, other=0.0)
-            z = (z.to(tl.float32) + r.to(tl.float32)).to(residual_out_ptr.dtype.element_ty)
-            tl.store(residual_out_ptr + row * columns + col, z, mask=mask)
+            r = load(residual_ptr + row * stride_residual + col, mask, EVEN)
+            z = (z.to(tl.float32) + r).to(residual_out_ptr.dtype.element_ty)
+            store(residual_out_ptr + row * columns + col, z, mask, EVEN)
         held = held + (z,)  # noqa: RUF005 (Triton knows no unpacking)
         wide = z.to(tl.float32)
         if CENTER:
@@ -92,8 +95,9 @@ def _held_fwd_kernel(
     if CENTER:
         mean = _over(tl.sum(lane_sum, 0), columns)
         for step in tl.static_range(STEPS):
-            wide = unlike(held[step], zero).to(tl.float32)
-            deviation = tl.where(step * BLOCK_COLS + lane < columns, wide - mean, 0.0)
+            deviation = unlike(held[step], zero).to(tl.float32) - mean
+            if not EVEN:
+                deviation = tl.where(step * BLOCK_COLS + lane < columns, deviation, 0.0)
             lane_square += deviation * deviation
         zero &= mean.to(tl.int32, bitcast=True)  # still 0, and another one to the compiler
     rstd = tl.rsqrt(tl.sum(lane_square, 0) / columns + eps)
@@ -105,8 +109,8 @@ def _held_fwd_kernel(
         col = step * BLOCK_COLS + lane
         mask = col < columns
         z = unlike(held[step], zero).to(tl.float32)
-        y = _affine((z - mean) * rstd, weight_ptr, bias_ptr, col, mask, offset, HAS_WEIGHT, HAS_BIAS)
-        tl.store(y_ptr + row * columns + col, y.to(y_ptr.dtype.element_ty), mask=mask)
+        y = _affine((z - mean) * rstd, weight_ptr, bias_ptr, col, mask, offset, HAS_WEIGHT, HAS_BIAS, EVEN)
+        store(y_ptr + row * columns + col, y, mask, EVEN)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -114,7 +118,7 @@ def _wide_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
     rows, columns, stride_x, stride_residual, eps, offset, zero,
     CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    STATISTICS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    STATISTICS: tl.constexpr, EVEN: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     # Each lane keeps the mean and the squared deviations of the columns that it has seen (Welford 1962).
@@ -124,15 +128,15 @@ def _wide_fwd_kernel(
     for start in tl.range(0, columns, BLOCK_COLS):
         col = start + tl.arange(0, BLOCK_COLS)
         mask = col < columns
-        z = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        z = load(x_ptr + row * stride_x + col, mask, EVEN, "evict_last")
         if HAS_RESIDUAL:
-            z += tl.load(residual_ptr + row * stride_residual + col, mask=mask, other=0.0).to(tl.float32)
+            z += load(residual_ptr + row * stride_residual + col, mask, EVEN)
             rounded = z.to(residual_out_ptr.dtype.element_ty)
-            tl.store(residual_out_ptr + row * columns + col, rounded, mask=mask)
+            store(residual_out_ptr + row * columns + col, rounded, mask, EVEN)
             z = rounded.to(tl.float32)
         if CENTER:
             steps += 1
-            deviation = tl.where(mask, z - lane_mean, 0.0)
+            deviation = z - lane_mean if EVEN else tl.where(mask, z - lane_mean, 0.0)
             lane_mean += deviation / steps
             lane_square += deviation * (z - lane_mean)
         else:
@@ -155,13 +159,11 @@ def _wide_fwd_kernel(
         col = start + tl.arange(0, BLOCK_COLS)
         mask = col < columns
         if HAS_RESIDUAL:
-            z = tl.load(residual_out_ptr + row * columns + col, mask=mask, other=0.0).to(tl.float32)
+            z = load(residual_out_ptr + row * columns + col, mask, EVEN)
         else:
-            z = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0, eviction_policy="evict_first").to(
-                tl.float32
-            )
-        y = _affine((z - mean) * rstd, weight_ptr, bias_ptr, col, mask, offset, HAS_WEIGHT, HAS_BIAS)
-        tl.store(y_ptr + row * columns + col, y.to(y_ptr.dtype.element_ty), mask=mask)
+            z = load(x_ptr + row * stride_x + col, mask, EVEN, "evict_first")
+        y = _affine((z - mean) * rstd, weight_ptr, bias_ptr, col, mask, offset, HAS_WEIGHT, HAS_BIAS, EVEN)
+        store(y_ptr + row * columns + col, y, mask, EVEN)
 
 
 _rows_fwd = Launcher(_rows_fwd_kernel)
@@ -211,52 +213,30 @@ def _launch(
     center: bool,
 ) -> None:
     rows, columns = x.shape
-    stride_x, stride_residual = x.stride(0), 0 if residual is None else residual.stride(0)
-    pointers = (
-        x.data_ptr(), pointer(residual), pointer(weight), pointer(bias),
-        y.data_ptr(), pointer(residual_out), pointer(mean), pointer(rstd),
-    )  # fmt: skip
-    scalars = (rows, columns, stride_x, stride_residual, eps, offset, 0)
-    small = max(rows, columns, stride_x, stride_residual) < 2**31
-    key = (
-        x.dtype,
-        None if residual is None else residual.dtype,
-        None if weight is None else weight.dtype,
-        None if bias is None else bias.dtype,
-        center,
-        rstd is None,
-        columns,
-        aligned(*pointers),
-        stride_x % 16 == 0,
-        stride_residual % 16 == 0,
-        small,
-    )
-
-    def describe() -> Description:
-        constants = {
-            "CENTER": center,
-            "HAS_RESIDUAL": residual is not None,
-            "HAS_WEIGHT": weight is not None,
-            "HAS_BIAS": bias is not None,
-            "STATISTICS": rstd is not None,
-        }
-        tensors = (x, residual, weight, bias, y, residual_out, mean, rstd)
-        return (*tensors, *scalars), constants | cut, num_warps
-
+    stride_residual = 0 if residual is None else residual.stride(0)
+    tensors = (x, residual, weight, bias, y, residual_out, mean, rstd)
+    scalars = (rows, columns, x.stride(0), stride_residual, eps, offset, 0)
     rereads = residual is None and forward_rereads(columns, center)
+    programs, block_rows = rows, 1
     if columns <= LARGEST_TILE and not rereads:
         config = forward_rows(columns, center)
-        cut, num_warps = {"BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols}, config.num_warps
-        kernel, programs = _rows_fwd, -(-rows // config.block_rows)
+        block_rows, block_cols, num_warps = config.block_rows, config.block_cols, config.num_warps
+        kernel, programs = _rows_fwd, -(-rows // block_rows)
+        cut = {"BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols}
     elif not rereads and (
         held := forward_held(columns, (residual_out if residual_out is not None else x).itemsize, center)
     ):
-        cut, num_warps = (
-            {"BLOCK_COLS": held.block_cols, "STEPS": -(-columns // held.block_cols)},
-            min(held.num_warps, most_warps(x.device)),
-        )
-        kernel, programs = _held_fwd, rows
+        block_cols, num_warps = held.block_cols, min(held.num_warps, most_warps(x.device))
+        kernel, cut = _held_fwd, {"BLOCK_COLS": block_cols, "STEPS": -(-columns // block_cols)}
     else:
-        cut, num_warps = {"BLOCK_COLS": FORWARD_WIDE.block_cols}, FORWARD_WIDE.num_warps
-        kernel, programs = _wide_fwd, rows
-    kernel(key, (programs, 1, 1), x.device, (*pointers, *scalars), describe)
+        block_cols, num_warps = FORWARD_WIDE.block_cols, FORWARD_WIDE.num_warps
+        kernel, cut = _wide_fwd, {"BLOCK_COLS": block_cols}
+    constants = {
+        "CENTER": center,
+        "HAS_RESIDUAL": residual is not None,
+        "HAS_WEIGHT": weight is not None,
+        "HAS_BIAS": bias is not None,
+        "STATISTICS": rstd is not None,
+        "EVEN": rows % block_rows == 0 and columns % block_cols == 0,
+    }
+    kernel.launch((programs, 1, 1), x.device, (*tensors, *scalars), constants | cut, num_warps=num_warps)

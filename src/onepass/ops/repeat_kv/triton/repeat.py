@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepass.core.triton_backend import Description, Launcher, aligned, specialised
+from onepass.core.triton_backend import Launcher
 from onepass.ops.repeat_kv.triton.config import config
 
 
@@ -80,23 +80,16 @@ def _launch(kernel: Launcher, source: Tensor, target: Tensor, heads: int, n_rep:
     batch, seqlen, _, head_dim = source.shape
     rows = batch * seqlen * heads
     cut = config(head_dim)
-    pointers = source.data_ptr(), target.data_ptr()
-    scalars = rows, seqlen, *source.stride()
-
-    def describe() -> Description:
-        constants = {
+    kernel.launch(
+        (triton.cdiv(rows, cut.block_rows) * triton.cdiv(head_dim, cut.block_cols), 1, 1),
+        source.device,
+        (source, target, rows, seqlen, *source.stride()),
+        {
             "HEADS": heads,
             "HEAD_DIM": head_dim,
             "N_REP": n_rep,
             "BLOCK_ROWS": cut.block_rows,
             "BLOCK_COLS": cut.block_cols,
-        }
-        return (source, target, *scalars), constants, cut.num_warps
-
-    kernel(
-        (source.dtype, heads, head_dim, n_rep, cut, aligned(*pointers), specialised(*scalars)),
-        (triton.cdiv(rows, cut.block_rows) * triton.cdiv(head_dim, cut.block_cols), 1, 1),
-        source.device,
-        (*pointers, *scalars),
-        describe,
+        },
+        num_warps=cut.num_warps,
     )

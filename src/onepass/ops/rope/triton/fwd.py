@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepass.core.triton_backend import Description, Launcher, aligned, pointer, specialised
+from onepass.core.triton_backend import Launcher
 from onepass.ops.rope.spec import require_positions_in_table
 from onepass.ops.rope.triton.config import MOST_REGISTERS, forward_config
 
@@ -140,17 +140,15 @@ def _launch(
     programs_q = _programs(tokens, heads_q, config.block_tokens_q, config.block_heads_q)
     programs_k = _programs(tokens, heads_kv, config.block_tokens_k, config.block_heads_k)
     table = "indexed" if position_ids is not None else "shared" if cos.dim() == 2 else "batched"
-    pointers = (
-        q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr(), pointer(position_ids), q_out.data_ptr(),
-        k_out.data_ptr(),
-    )  # fmt: skip
-    strides = *q.stride(), *k.stride()
-    scalars = tokens, seqlen, cos.shape[-2], programs_q, *strides
-    id_dtype = None if position_ids is None else position_ids.dtype
-
-    def describe() -> Description:
-        rest = head_dim - 2 * half
-        constants = {
+    rest = head_dim - 2 * half
+    _fwd.launch(
+        (programs_q + programs_k, 1, 1),
+        q.device,
+        (
+            q, k, cos, sin, position_ids, q_out, k_out,
+            tokens, seqlen, cos.shape[-2], programs_q, *q.stride(), *k.stride(),
+        ),
+        {
             "HEADS_Q": heads_q,
             "HEADS_KV": heads_kv,
             "HEAD_DIM": head_dim,
@@ -165,29 +163,9 @@ def _launch(
             "BLOCK_HALF": config.block_half,
             "BLOCK_REST": 0 if rest == 0 else 1 << (rest - 1).bit_length(),
             "TABLE_PER_HEAD": config.table_per_head,
-        }
-        return (q, k, cos, sin, position_ids, q_out, k_out, *scalars), constants, config.num_warps
-
-    small = tokens < 2**31 and cos.shape[-2] < 2**31 and programs_q < 2**31
-    shapes = heads_q, heads_kv, head_dim, half
-    _fwd(
-        (
-            (q.dtype, id_dtype, table, interleaved, inverse, *shapes),
-            (aligned(*pointers), small, _stride_kinds(*strides)),
-        ),
-        (programs_q + programs_k, 1, 1),
-        q.device,
-        (*pointers, *scalars),
-        describe,
-    )
-
-
-def _stride_kinds(qb: int, qs: int, qh: int, qd: int, kb: int, ks: int, kh: int, kd: int) -> tuple[int, ...]:
-    """specialised(...) of the strides, sooner for the usual ones: adjacent features, heads at multiples of 16."""
-    together = qb | qs | qh | kb | ks | kh
-    if qd == 1 and kd == 1 and together & 15 == 0 and together < 2**31:
-        return ()
-    return specialised(qb, qs, qh, qd, kb, ks, kh, kd)
+        },
+        num_warps=config.num_warps,
+    )  # fmt: skip
 
 
 def _programs(tokens: int, heads: int, block_tokens: int, block_heads: int) -> int:

@@ -9,21 +9,22 @@ from torch import Tensor
 
 from onepass.core.rows import as_rows
 from onepass.core.triton_backend import Launcher, interpreted, multiprocessors
-from onepass.core.triton_functions import collect, start_exchange, tell, ticket
+from onepass.core.triton_functions import collect, load, start_exchange, store, tell, ticket
 from onepass.ops.softmax.triton.config import BACKWARD_WIDE, backward_config
 
 
 @triton.jit
 def _rows_bwd_kernel(
-    dy_ptr, y_ptr, dx_ptr, rows, columns, stride_dy, stride_y, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    dy_ptr, y_ptr, dx_ptr, rows, columns, stride_dy, stride_y,
+    EVEN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     col = tl.arange(0, BLOCK_COLS)[None, :]
     mask = (row < rows) & (col < columns)
-    dy = tl.load(dy_ptr + row * stride_dy + col, mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + row * stride_y + col, mask=mask, other=0.0).to(tl.float32)
+    dy = load(dy_ptr + row * stride_dy + col, mask, EVEN)
+    y = load(y_ptr + row * stride_y + col, mask, EVEN)
     dx = y * (dy - tl.sum(dy * y, 1, keep_dims=True))
-    tl.store(dx_ptr + row * columns + col, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    store(dx_ptr + row * columns + col, dx, mask, EVEN)
 
 
 @triton.jit
@@ -84,7 +85,7 @@ def backward(dy: Tensor, y: Tensor) -> Tensor:
             (triton.cdiv(rows, config.block_rows), 1, 1),
             y.device,
             (dy_rows, y_rows, dx, rows, columns, *strides),
-            {"BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols},
+            config.even(rows, columns) | {"BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols},
             num_warps=config.num_warps,
         )
         return dx

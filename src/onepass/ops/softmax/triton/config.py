@@ -16,6 +16,10 @@ class SoftmaxConfig:
     stages: int = 1  # steps that are loaded ahead
     programs_per_processor: int = 0  # rows in flight on a multiprocessor: they must fit the cache; 0: a program a row
 
+    def even(self, rows: int, columns: int) -> dict[str, bool]:
+        """Whether blocks of whole rows have nothing to mask."""
+        return {"EVEN": rows % self.block_rows == 0 and columns == self.block_cols}
+
 
 @dataclass(frozen=True)
 class HeldConfig:

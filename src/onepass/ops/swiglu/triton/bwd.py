@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onepass.core.rows import as_rows
-from onepass.core.triton_backend import Description, Launcher, aligned, specialised
+from onepass.core.triton_backend import Launcher
 from onepass.ops.swiglu.triton.activation import tile, value_and_slope
 from onepass.ops.swiglu.triton.config import backward_config
 
@@ -52,25 +52,17 @@ def backward(
         rows, columns = gate.shape
         strides = dout.stride(0), gate.stride(0), up.stride(0)
     config = backward_config(columns)
-    tensors = dout, gate, up, dgate, dup
-    pointers = tuple([x.data_ptr() for x in tensors])
-    scalars = rows, columns, *strides
-
-    def describe() -> Description:
-        constants = {
+    _bwd.launch(
+        (triton.cdiv(rows, config.block_rows) * triton.cdiv(columns, config.block_cols), 1, 1),
+        gate.device,
+        (dout, gate, up, dgate, dup, rows, columns, *strides),
+        {
             "ACTIVATION": activation,
             "NEED_DGATE": need_dgate,
             "NEED_DUP": need_dup,
             "BLOCK_ROWS": config.block_rows,
             "BLOCK_COLS": config.block_cols,
-        }
-        return (*tensors, *scalars), constants, config.num_warps
-
-    _bwd(
-        (gate.dtype, activation, need_dgate, need_dup, config, aligned(*pointers), specialised(*scalars)),
-        (triton.cdiv(rows, config.block_rows) * triton.cdiv(columns, config.block_cols), 1, 1),
-        gate.device,
-        (*pointers, *scalars),
-        describe,
+        },
+        num_warps=config.num_warps,
     )
     return dgate, dup

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onepass.core.rows import as_rows
-from onepass.core.triton_backend import Description, Launcher, aligned, specialised
+from onepass.core.triton_backend import Launcher
 from onepass.ops.swiglu.triton.activation import tile, value_and_slope
 from onepass.ops.swiglu.triton.config import forward_config
 
@@ -41,18 +41,11 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         rows, columns = gate.shape
         stride_gate, stride_up = gate.stride(0), up.stride(0)
     config = forward_config(columns)
-    pointers = gate.data_ptr(), up.data_ptr(), out.data_ptr()
-    scalars = rows, columns, stride_gate, stride_up
-
-    def describe() -> Description:
-        constants = {"ACTIVATION": activation, "BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols}
-        return (gate, up, out, *scalars), constants, config.num_warps
-
-    _fwd(
-        (out.dtype, activation, config, aligned(*pointers), specialised(*scalars)),
+    _fwd.launch(
         (triton.cdiv(rows, config.block_rows) * triton.cdiv(columns, config.block_cols), 1, 1),
         out.device,
-        (*pointers, *scalars),
-        describe,
+        (gate, up, out, rows, columns, stride_gate, stride_up),
+        {"ACTIVATION": activation, "BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols},
+        num_warps=config.num_warps,
     )
     return out
