@@ -40,12 +40,12 @@ def tanh(u):
 
 
 @triton.jit
-def load(ptr, mask, EVEN: tl.constexpr, EVICT: tl.constexpr = None, OTHER: tl.constexpr = 0.0):
-    """As fp32; OTHER where masked. EVEN: the mask is true everywhere, and costs nothing."""
+def load(ptr, mask, EVEN: tl.constexpr, EVICT: tl.constexpr = None):
+    """As fp32; 0 where masked. EVEN: the mask is true everywhere, and costs nothing."""
     if EVEN:
         return tl.load(ptr, eviction_policy=EVICT).to(tl.float32)
     else:
-        return tl.load(ptr, mask=mask, other=OTHER, eviction_policy=EVICT).to(tl.float32)
+        return tl.load(ptr, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
 
 
 @triton.jit

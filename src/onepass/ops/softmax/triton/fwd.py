@@ -14,7 +14,7 @@ from torch import Tensor
 
 from onepass.core.rows import as_rows
 from onepass.core.triton_backend import Launcher, multiprocessors
-from onepass.core.triton_functions import exp, load, online_softmax_end, online_softmax_step, store, unlike
+from onepass.core.triton_functions import exp, online_softmax_end, online_softmax_step, unlike
 from onepass.ops.softmax.triton import ring
 from onepass.ops.softmax.triton.config import FORWARD_HELD, VECTOR_BYTES, forward_config, held, wide
 
@@ -22,15 +22,16 @@ from onepass.ops.softmax.triton.config import FORWARD_HELD, VECTOR_BYTES, forwar
 @triton.jit
 def _rows_fwd_kernel(
     x_ptr, y_ptr, rows, columns, stride_x,
-    EVEN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     col = tl.arange(0, BLOCK_COLS)[None, :]
     mask = (row < rows) & (col < columns)
-    x = load(x_ptr + row * stride_x + col, mask, EVEN, OTHER=-float("inf"))
+    # Not `load`: without masks this kernel is 2 % slower (H200, 4096 and 8192 columns).
+    x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=-float("inf")).to(tl.float32)
     e = exp(x - tl.max(x, 1, keep_dims=True))
     y = e * (1.0 / tl.sum(e, 1, keep_dims=True))
-    store(y_ptr + row * columns + col, y, mask, EVEN)
+    tl.store(y_ptr + row * columns + col, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -106,7 +107,7 @@ def forward(x: Tensor) -> Tensor:
             (triton.cdiv(rows, config.block_rows), 1, 1),
             x.device,
             arguments,
-            config.even(rows, columns) | {"BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols},
+            {"BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_cols},
             num_warps=config.num_warps,
         )
     elif wide(columns) and ring.takes(x_rows):
