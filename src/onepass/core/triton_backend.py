@@ -66,6 +66,12 @@ def shared_memory(device: torch.device) -> int:
     return int(properties["max_shared_mem"])
 
 
+@functools.cache
+def has_tma(device: torch.device) -> bool:
+    """Whether the GPU has a tensor memory accelerator (NVIDIA, Hopper and newer)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def interpreted(device: torch.device) -> bool:
     """Whether kernels on this device run in the interpreter, one program after the other."""
     return device.type == "cpu" and env.triton_interpreted()
@@ -112,6 +118,9 @@ class Launcher:
             elif isinstance(argument, int):
                 numbers.append(argument)
                 kinds.append((argument == 1) | (argument % 16 == 0) << 1 | (argument >= 2**31) << 2)
+            elif hasattr(argument, "block_shape"):  # a TensorDescriptor, for TMA
+                numbers.append(argument)
+                kinds.append((argument.base.dtype, *argument.block_shape))
             else:
                 numbers.append(0 if argument is None else argument)
                 kinds.append(type(argument))
@@ -163,6 +172,8 @@ def _written_down(compiled: Any, grid: tuple[int, int, int], numbers: Sequence[i
     for number, kind in zip(numbers, compiled.src.signature.values(), strict=False):
         if kind == "constexpr":  # a 1
             continue
+        if kind.startswith("tensordesc"):  # it holds an address
+            return None
         if kind == "fp32":
             words.append(struct.unpack("=I", struct.pack("=f", number))[0])
         elif kind.startswith("*") or kind in ("i32", "i64"):

@@ -209,4 +209,6 @@ def _type(value: Any) -> str:
         return "i32" if -(2**31) <= value < 2**31 else "i64"
     if isinstance(value, float):
         return "fp32"
+    if hasattr(value, "block_shape"):  # a TensorDescriptor
+        return f"tensordesc<{_POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
     raise TypeError(f"a kernel cannot take {type(value).__name__}")
