@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import onepass
+from onepass.core import env
 from onepass.ops.attention import kernels, registration
 from onepass.testing import faults
 
@@ -225,6 +226,8 @@ def test_transforms_raise(backend: str, generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_autocast_is_that_of_sdpa(backend: str, half: torch.dtype, generator: torch.Generator) -> None:
+    if env.triton_interpreted() and half is torch.bfloat16:
+        pytest.skip("Triton's interpreter computes bf16 wrongly")
     q, k, v = qkv(generator, grad=True)
     with torch.autocast("cpu", dtype=half):
         twin = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True)

@@ -35,4 +35,4 @@ def _launch() -> None:
 
 
 def test_compiles_for_every_target() -> None:
-    aot.assert_every_kernel_compiles("onepass.ops.cross_entropy.triton", aot.recorded(_launch))
+    aot.assert_every_kernel_compiles("onepass.ops.cross_entropy.triton", _launch)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from onepass.core import env
+from onepass.core import device, env
 from onepass.testing import aot
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -17,9 +17,10 @@ def _launch() -> None:
         for columns in (33, 4096, 50000, 70000):
             x = torch.empty(3, columns, dtype=dtype)
             bwd.backward(x, fwd.forward(x))
-        for columns in (36000, 32768):
-            ring.forward(torch.empty(3, columns, dtype=dtype), torch.empty(3, columns, dtype=dtype))
+        if device.arch(x) in ("sm_90", "sm_100"):  # the others have less shared memory, and ring.takes says no
+            for columns in (36000, 32768):
+                ring.forward(torch.empty(3, columns, dtype=dtype), torch.empty(3, columns, dtype=dtype))
 
 
 def test_compiles_for_every_target() -> None:
-    aot.assert_every_kernel_compiles("onepass.ops.softmax.triton", aot.recorded(_launch))
+    aot.assert_every_kernel_compiles("onepass.ops.softmax.triton", _launch)

@@ -23,4 +23,4 @@ def _launch() -> None:
 
 
 def test_compiles_for_every_target() -> None:
-    aot.assert_every_kernel_compiles("onepass.ops.swiglu.triton", aot.recorded(_launch))
+    aot.assert_every_kernel_compiles("onepass.ops.swiglu.triton", _launch)

@@ -66,10 +66,9 @@ def shared_memory(device: torch.device) -> int:
     return int(properties["max_shared_mem"])
 
 
-@functools.cache
-def has_tma(device: torch.device) -> bool:
-    """Whether the GPU has a tensor memory accelerator (NVIDIA, Hopper and newer)."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+def has_tma(arch: str) -> bool:
+    """Whether an architecture has a tensor memory accelerator (NVIDIA's Hopper and newer)."""
+    return arch.startswith("sm_") and int(arch[3:]) >= 90
 
 
 def interpreted(device: torch.device) -> bool:

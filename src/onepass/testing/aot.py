@@ -1,11 +1,11 @@
 """Triton kernels compiled ahead of time for architectures that this machine need not have.
 
-    launches = aot.recorded(lambda: fwd.forward(x))          # nothing runs: only what would have been launched
-    aot.assert_every_kernel_compiles("onepass.ops.softmax.triton", launches)
-    text = aot.compiled(launches[0], "sm_90")                # PTX or AMD assembly
+    call = lambda: fwd.forward(x)                            # nothing runs: only what would have been launched
+    aot.assert_every_kernel_compiles("onepass.ops.softmax.triton", call)
+    kernel = aot.compiled(aot.recorded(call, "sm_90")[0], "sm_90")     # PTX or AMD assembly, memory
 
-The launches are those that the operation's own host code makes, with its configurations, strides and constants. Triton
-must not be interpreted: where TRITON_INTERPRET=1 there is nothing to compile, and `recorded` raises.
+The launches are those that the operation's own host code makes for a target, with its configurations, strides and
+constants. Triton must not be interpreted: where TRITON_INTERPRET=1 there is nothing to compile, and `recorded` raises.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ import importlib
 import multiprocessing
 import os
 import pkgutil
+import re
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from onepass.core import env
+from onepass.core import device, env
 from onepass.core.triton_backend import Launcher
 
 # (backend, architecture, threads in a warp) as Triton names them.
@@ -34,6 +37,15 @@ TARGETS: Mapping[str, tuple[str, int | str, int]] = {
     "sm_120": ("cuda", 120, 32),
     "gfx942": ("hip", "gfx942", 64),
     "gfx950": ("hip", "gfx950", 64),
+}
+# Bytes of shared memory that a program may have.
+SHARED_LIMITS: Mapping[str, int] = {
+    "sm_80": 166912,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+    "gfx950": 163840,
 }
 _POINTERS = {
     torch.float32: "*fp32",
@@ -69,12 +81,25 @@ class Launch:
         return f"{self.name} {dict(self.constants)} {dict(self.options)}"
 
 
-def recorded(call: Callable[[], Any]) -> list[Launch]:
-    """The launches that `call()` makes, each different one once; none of them runs. Outputs are uninitialised."""
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel for a target: its assembly, and bytes of shared memory (of a program) and local memory (of a thread)."""
+
+    text: str
+    shared: int
+    local: int
+
+
+def recorded(call: Callable[[], Any], target: str) -> list[Launch]:
+    """The launches that `call()`, with tensors on the CPU, would make on that GPU, each different one once.
+
+    None of them runs; outputs are uninitialised.
+    """
     if env.triton_interpreted():
         raise RuntimeError("with TRITON_INTERPRET=1 kernels are Python functions and cannot be compiled")
     launches: dict[str, Launch] = {}
-    with _recording(lambda launch: launches.setdefault(str((_signature(launch), str(launch))), launch)):
+    add = lambda launch: launches.setdefault(str((_signature(launch), str(launch))), launch)  # noqa: E731
+    with _recording(add), _as_if_on(target):
         call()
     return list(launches.values())
 
@@ -101,8 +126,19 @@ def _recording(add: Callable[[Launch], Any]) -> Iterator[None]:
         Launcher.launch = ordinary  # type: ignore[method-assign]
 
 
-def compiled(launch: Launch, target: str) -> str:
-    """The assembly of one launch for one of TARGETS. Raises what Triton raises when it does not compile."""
+@contextmanager
+def _as_if_on(target: str) -> Iterator[None]:
+    """Inside, configurations are those of the target."""
+    ordinary = device.arch
+    device.arch = lambda tensor: target
+    try:
+        yield
+    finally:
+        device.arch = ordinary
+
+
+def compiled(launch: Launch, target: str) -> Compiled:
+    """One launch for one of TARGETS. Raises what Triton raises when it does not compile."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -118,7 +154,22 @@ def compiled(launch: Launch, target: str) -> str:
         make = GluonASTSource if launch.kernel.is_gluon() else ASTSource
         source = make(launch.kernel, signature, constants, attributes)
         kernel = triton.compile(source, target=gpu, options=options)
-        return str(kernel.asm["ptx" if backend == "cuda" else "amdgcn"])
+        if backend == "cuda":
+            return Compiled(kernel.asm["ptx"], kernel.metadata.shared, _local_memory(kernel.asm["cubin"], folder))
+        text = kernel.asm["amdgcn"]
+        sizes = re.findall(r"\.private_segment_fixed_size:\s*(\d+)", text)
+        return Compiled(text, kernel.metadata.shared, max(map(int, sizes), default=0))
+
+
+def _local_memory(cubin: bytes, folder: str) -> int:
+    """Bytes that a thread spills, as cuobjdump (which comes with Triton) reads them."""
+    import triton
+
+    path = Path(folder) / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    return sum(int(size) for size in re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage))
 
 
 @contextmanager
@@ -138,20 +189,26 @@ def _active(target: Any) -> Iterator[None]:
         driver._active = before
 
 
-def assert_every_kernel_compiles(package: str, launches: Sequence[Launch]) -> None:
-    """The launches reach every kernel of a package, and all of them compile for all of TARGETS."""
+Fault = Callable[[Launch, str, Compiled], str]  # launch, target, kernel: what is wrong with it, "" for nothing
+
+
+def _no_fault(launch: Launch, target: str, kernel: Compiled) -> str:
+    return ""
+
+
+def assert_every_kernel_compiles(package: str, call: Callable[[], Any], fault: Fault = _no_fault) -> None:
+    """The launches of `call` reach every kernel of a package, and compile for all of TARGETS within their memory."""
+    _work[:] = []
+    _fault[:] = [fault]
+    reached: set[tuple[str, str]] = set()
+    for target, (backend, _, _) in TARGETS.items():
+        launches = recorded(call, target)
+        reached |= {_place(launch.kernel) for launch in launches}
+        _work.extend((launch, target) for launch in launches if launch.targets in ("", backend))
     found = {_place(launcher.kernel) for launcher in _launchers(package)}
-    reached = {_place(launch.kernel) for launch in launches}
     assert found == reached, f"not launched: {sorted(found - reached)}; not in {package}: {sorted(reached - found)}"
-    work = [
-        (launch, target)
-        for target, (backend, _, _) in TARGETS.items()
-        for launch in launches
-        if launch.targets in ("", backend)
-    ]
-    _work[:] = work
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        failures = [failure for failure in pool.map(_failure, range(len(work)), chunksize=4) if failure]
+        failures = [failure for failure in pool.map(_failure, range(len(_work)), chunksize=4) if failure]
     assert not failures, "\n".join(failures)
 
 
@@ -169,16 +226,22 @@ def _place(kernel: Any) -> tuple[str, str]:
 
 # What the processes that compile, one for each processor, find here: they are forked, since kernels cannot be pickled.
 _work: list[tuple[Launch, str]] = []
+_fault: list[Fault] = []
 
 
 def _failure(place: int) -> str:
     """What goes wrong with one piece of the work; "" for nothing."""
     launch, target = _work[place]
     try:
-        text = compiled(launch, target)
+        kernel = compiled(launch, target)
     except Exception as error:
         return f"{target}: {launch}: {type(error).__name__}: {error}"
-    return "" if launch.name in text else f"{target}: {launch}: its name is not in the assembly"
+    if launch.name not in kernel.text:
+        return f"{target}: {launch}: its name is not in the assembly"
+    if kernel.shared > SHARED_LIMITS[target]:
+        return f"{target}: {launch}: {kernel.shared} bytes of shared memory, {SHARED_LIMITS[target]} are there"
+    wrong = _fault[0](launch, target, kernel)
+    return wrong and f"{target}: {launch}: {wrong}"
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list[Any]]]:

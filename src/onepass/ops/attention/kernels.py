@@ -2,30 +2,35 @@
 
 import torch
 
-from onepass.core import cpu_library
+from onepass.core import cpu_library, triton_backend
 from onepass.core.registry import Kernel, KernelTable, SupportTable
 from onepass.ops.attention.spec import AttentionSpec, MergeSpec
 
 _CPU = "onepass.ops.attention.cpu"
 _REFERENCE = "onepass.ops.attention.reference"
-_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CPU_MAX_HEAD_DIM = 256
+_TRITON = "onepass.ops.attention.triton"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_HEAD_DIM = 256
+
+
+def _dtype_unsupported(dtype: torch.dtype) -> list[str]:
+    return [] if dtype in _DTYPES else [f"dtype {_name(dtype)}: float32, bfloat16 and float16 only"]
+
+
+def _sizes_unsupported(spec: AttentionSpec) -> list[str]:
+    return [
+        f"{name} {size} is above {_MAX_HEAD_DIM}"
+        for name, size in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v))
+        if size > _MAX_HEAD_DIM
+    ]
 
 
 def _cpu_machine(arch: str, dtype: torch.dtype) -> list[str]:
-    reasons = []
-    if arch != "cpu":
-        reasons.append(f"tensors are on {arch}")
-    if dtype not in _CPU_DTYPES:
-        reasons.append(f"dtype {_name(dtype)}: float32, bfloat16 and float16 only")
-    return reasons
+    return ([] if arch == "cpu" else [f"tensors are on {arch}"]) + _dtype_unsupported(dtype)
 
 
 def _cpu_unsupported(spec: AttentionSpec) -> list[str]:
-    reasons = _cpu_machine(spec.arch, spec.dtype)
-    for name, size in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
-        if size > _CPU_MAX_HEAD_DIM:
-            reasons.append(f"{name} {size} is above {_CPU_MAX_HEAD_DIM}")
+    reasons = _cpu_machine(spec.arch, spec.dtype) + _sizes_unsupported(spec)
     options = {
         "softcap": spec.softcap,
         "alibi_slopes": spec.alibi,
@@ -43,8 +48,17 @@ def _cpu_merge_unsupported(spec: MergeSpec) -> list[str]:
     return _cpu_machine(spec.arch, spec.dtype)
 
 
+def _triton_unsupported(spec: AttentionSpec) -> list[str]:
+    reasons = triton_backend.unsupported_arch(spec.arch) + _dtype_unsupported(spec.dtype) + _sizes_unsupported(spec)
+    return reasons + (["no k_descale and v_descale yet"] if spec.quantized else [])
+
+
+def _triton_merge_unsupported(spec: MergeSpec) -> list[str]:
+    return triton_backend.unsupported_arch(spec.arch) + _dtype_unsupported(spec.dtype)
+
+
 def _reference_unsupported(spec: AttentionSpec | MergeSpec) -> list[str]:
-    if spec.dtype in (torch.float64, *_CPU_DTYPES):
+    if spec.dtype in (torch.float64, *_DTYPES):
         return []
     return [f"dtype {_name(spec.dtype)}: float64, float32, bfloat16 and float16 only"]
 
@@ -57,7 +71,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _table(op: str, function: str) -> KernelTable:
+def _table(op: str, function: str, triton: str) -> KernelTable:
+    """`triton`: the module of its launcher."""
     merging = function.startswith("merge")
     return KernelTable(
         op,
@@ -70,6 +85,9 @@ def _table(op: str, function: str) -> KernelTable:
                 f"{_CPU}:{function}",
                 unavailable=cpu_library.unavailable,
             ),
+            triton_backend.row(
+                _triton_merge_unsupported if merging else _triton_unsupported, f"{_TRITON}.{triton}:{function}"
+            ),
             Kernel(
                 "reference", 0, _reference_unsupported, f"{_REFERENCE}:{function}", _reference_slow, by_name_only=True
             ),
@@ -77,11 +95,11 @@ def _table(op: str, function: str) -> KernelTable:
     )
 
 
-FORWARD = _table("attention forward", "forward")
-BACKWARD = _table("attention backward", "backward")
-DECODE = _table("attention_decode", "decode")
-MERGE = _table("merge_attention forward", "merge")
-MERGE_BACKWARD = _table("merge_attention backward", "merge_backward")
+FORWARD = _table("attention forward", "forward", "fwd")
+BACKWARD = _table("attention backward", "backward", "bwd")
+DECODE = _table("attention_decode", "decode", "decode")
+MERGE = _table("merge_attention forward", "merge", "merge")
+MERGE_BACKWARD = _table("merge_attention backward", "merge_backward", "merge")
 
 
 def _attention_features() -> dict[str, AttentionSpec]:
@@ -125,7 +143,7 @@ def _decode_features() -> dict[str, AttentionSpec]:
 
 
 def _merge_features() -> dict[str, MergeSpec]:
-    return {_name(dtype): MergeSpec("cpu", dtype, 64) for dtype in (*_CPU_DTYPES, torch.float64)}
+    return {_name(dtype): MergeSpec("cpu", dtype, 64) for dtype in (*_DTYPES, torch.float64)}
 
 
 # What `python -m onepass.core.support_table` writes into the README and docs/backends.md.

@@ -1,0 +1,644 @@
+"""attention on GPUs, backward (FlashAttention-2, Dao 2023), without atomics: the same bits every time.
+
+    delta = rowsum(do * out) - dlse
+    p  = exp(scores - lse),  dv = p^T do
+    ds = p * (do v^T - delta),  dq = ds k * softmax_scale,  dk = ds^T q * softmax_scale
+
+One kernel makes delta, one holds keys and walks queries for dk and dv, one holds queries and walks keys for dq, and one
+holds a tile of the bias and walks what was broadcast along it for dbias. Each computes the scores again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onepass.core.triton_backend import Launcher
+from onepass.ops.attention.triton.config import (
+    BackwardConfig,
+    backward_bias_config,
+    backward_keys_config,
+    backward_queries_config,
+)
+from onepass.ops.attention.triton.problem import BY_POINTERS, Problem, block_of, walked
+from onepass.ops.attention.triton.tile import LOG2_E, adjusted_scores, kept, load_tile, seen_range, visible, walked_tile
+
+
+@triton.jit
+def _delta_kernel(
+    do_ptr, out_ptr, lse_ptr, dlse_ptr, sink_ptr, delta_ptr, lse2_ptr, sink_part_ptr,
+    stride_db, stride_ds, stride_dh, stride_dd, stride_ob, stride_os, stride_oh, stride_od, seqlen_q, nheads_q,
+    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_DSINK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """delta; lse in log2 units, +inf where a query sees no key, so that its weights are exp2(-inf) = 0."""
+    blocks = tl.cdiv(seqlen_q, BLOCK_M)
+    sheet = tl.program_id(0) // blocks
+    batch = (sheet // nheads_q).to(tl.int64)
+    head = (sheet % nheads_q).to(tl.int64)
+    row = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    feature = tl.arange(0, BLOCK_DV)[None, :]
+    there = row < seqlen_q
+    mask = there[:, None] & (feature < HEAD_DIM_V)
+    do_ptrs = do_ptr + batch * stride_db + row[:, None] * stride_ds + head * stride_dh
+    out_ptrs = out_ptr + batch * stride_ob + row[:, None] * stride_os + head * stride_oh
+    do = tl.load(do_ptrs + feature.to(tl.int64) * stride_dd, mask=mask, other=0.0).to(tl.float32)
+    out = tl.load(out_ptrs + feature.to(tl.int64) * stride_od, mask=mask, other=0.0).to(tl.float32)
+    at = sheet.to(tl.int64) * seqlen_q + row
+    delta = tl.sum(do * out, 1)
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + at, mask=there, other=0.0)
+    lse = tl.load(lse_ptr + at, mask=there, other=0.0)
+    empty = lse == -float("inf")
+    tl.store(delta_ptr + at, delta, mask=there)
+    tl.store(lse2_ptr + at, tl.where(empty, float("inf"), lse * LOG2_E), mask=there)
+    if NEED_DSINK:  # the sink has the weight exp(sink - lse) and adds no value
+        sink = tl.load(sink_ptr + head).to(tl.float32)
+        weight = tl.where(empty, 0.0, tl.exp(sink - lse))
+        tl.store(sink_part_ptr + at, -weight * delta, mask=there)
+
+
+@triton.jit
+def _weights(
+    s, row, col, seen, lse2, shift, window_left, window_right, scale, softcap, slope, bias,
+    EDGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    BIAS: tl.constexpr, KEY_MASK: tl.constexpr,
+):  # fmt: skip
+    """(p, the slope of softcap) of products s = q k^T; row, col, lse2 and seen broadcast to its shape."""
+    s, cap_slope = adjusted_scores(s, row, col, shift, scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS)
+    p = tl.exp2(s - lse2)
+    if EDGE and (LEFT or RIGHT):
+        p = tl.where(visible(row, col, shift, window_left, window_right, LEFT, RIGHT), p, 0.0)
+    if KEY_MASK:
+        p = tl.where(seen, p, 0.0)
+    if BIAS:  # lse2 may be -inf - -inf
+        p = tl.where(s == -float("inf"), 0.0, p)
+    return p, cap_slope
+
+
+@triton.jit
+def _walk_queries(
+    dk, dv, k, v, q_base, do_base, q_desc, do_desc, q_row, q_col, do_row, do_col, lse2_ptrs, delta_ptrs, bias_ptrs,
+    rng_ptr, start, inner_start, inner_end, end, seqlen_q, stride_qs, stride_qd, stride_ds, stride_dd, stride_bq,
+            col, seen, first_col, sheet,
+    slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Queries from start to end of one head, inner ones without masks; tiles are transposed, (BLOCK_N, BLOCK_M).
+
+    EVEN: there are no queries past the end in the last block.
+    """
+    lane = tl.arange(0, BLOCK_M)
+    for first in tl.range(start, end, BLOCK_M, num_stages=STAGES):
+        row = first + lane
+        there = row < seqlen_q
+        ahead = tl.cast(first, tl.int64)
+        q = walked_tile(
+            q_base,
+            q_desc,
+            first,
+            stride_qs,
+            stride_qd,
+            q_row,
+            q_col,
+            seqlen_q,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_D,
+            not EVEN,
+            TMA,
+        )
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        bias = 0.0
+        if BIAS:
+            bias_tile = bias_ptrs + ahead * stride_bq
+            bias = tl.load(bias_tile) if EVEN else tl.load(bias_tile, mask=there[None, :], other=0.0)
+        if EVEN:
+            lse2 = tl.load(lse2_ptrs + first)
+            delta = tl.load(delta_ptrs + first)
+        else:
+            lse2 = tl.load(lse2_ptrs + first, mask=there, other=float("inf"))
+            delta = tl.load(delta_ptrs + first, mask=there, other=0.0)
+        p, cap_slope = _weights(
+            s, row[None, :], col[:, None], seen, lse2[None, :], shift, window_left, window_right, scale, softcap,
+            slope, bias, False, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
+        )  # fmt: skip
+        if LEFT or RIGHT:
+            if (first < inner_start) | (first >= inner_end):
+                p = tl.where(visible(row[None, :], col[:, None], shift, window_left, window_right, LEFT, RIGHT), p, 0.0)
+        do = walked_tile(
+            do_base, do_desc, first, stride_ds, stride_dd, do_row, do_col, seqlen_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV,
+            not EVEN, TMA,
+        )  # fmt: skip
+        weight = p
+        if DROPOUT:
+            keep = kept(rng_ptr, threshold, sheet, row, first_col, BLOCK_M, BLOCK_N, True)
+            weight = tl.where(keep, p * kept_scale, 0.0)
+        dv = tl.dot(weight.to(do.dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        if DROPOUT:
+            dp = tl.where(keep, dp * kept_scale, 0.0)
+        ds = p * (dp - delta[None, :])
+        if SOFTCAP:
+            ds *= cap_slope
+        if BIAS or KEY_MASK or LEFT or RIGHT:
+            ds = tl.where(p == 0.0, 0.0, ds)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _keys_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, q_desc, q_per_batch, q_per_head, q_col_head,
+    do_desc, do_per_batch, do_per_head, do_col_head, dk_ptr, dv_ptr,
+    stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
+    stride_vb, stride_vs, stride_vh, stride_vd, stride_db, stride_ds, stride_dh, stride_dd,
+    seqlen_q, seqlen_k, nheads_q, softmax_scale,
+    bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
+    stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
+    shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BLOCK_N keys of one KV head: its query heads one after the other."""
+    blocks = tl.cdiv(seqlen_k, BLOCK_N)
+    block = tl.program_id(0) % blocks  # with a causal mask the first keys are seen most
+    sheet_kv = tl.program_id(0) // blocks
+    nheads_kv = nheads_q // GROUP
+    batch = (sheet_kv // nheads_kv).to(tl.int64)
+    kv_head = (sheet_kv % nheads_kv).to(tl.int64)
+    first_col = block * BLOCK_N
+    col = first_col + tl.arange(0, BLOCK_N)
+    there = col < seqlen_k
+    col_read = tl.minimum(col, seqlen_k - 1).to(tl.int64)  # keys past the end are computed with, and not stored
+    feature = tl.arange(0, BLOCK_D)
+    feature_v = tl.arange(0, BLOCK_DV)
+    lane = tl.arange(0, BLOCK_M).to(tl.int64)
+    k = load_tile(
+        k_ptr + batch * stride_kb + kv_head * stride_kh
+        + col_read[:, None] * stride_ks + feature[None, :].to(tl.int64) * stride_kd,
+        there[:, None], feature[None, :] < HEAD_DIM, False, HEAD_DIM != BLOCK_D,
+    )  # fmt: skip
+    v = load_tile(
+        v_ptr + batch * stride_vb + kv_head * stride_vh
+        + col_read[:, None] * stride_vs + feature_v[None, :].to(tl.int64) * stride_vd,
+        there[:, None], feature_v[None, :] < HEAD_DIM_V, False, HEAD_DIM_V != BLOCK_DV,
+    )  # fmt: skip
+    seen = there[:, None]
+    if KEY_MASK:
+        seen = (tl.load(key_mask_ptr + batch * stride_mb + col_read * stride_mk) != 0)[:, None]
+    last_col = tl.minimum(first_col + BLOCK_N, seqlen_k) - 1
+    # A key sees queries from j - shift - window_right to j - shift + window_left.
+    start, inner_start, inner_end, end = seen_range(
+        first_col, last_col, window_right + shift, window_left - shift, seqlen_q, RIGHT, LEFT, BLOCK_M
+    )
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    for member in range(0, GROUP):
+        head = kv_head * GROUP + member
+        sheet = batch * nheads_q + head
+        q_base = q_ptr + batch * stride_qb + head * stride_qh
+        do_base = do_ptr + batch * stride_db + head * stride_dh
+        q_row, q_col = (batch * q_per_batch + head * q_per_head).to(tl.int32), (head * q_col_head).to(tl.int32)
+        do_row, do_col = (batch * do_per_batch + head * do_per_head).to(tl.int32), (head * do_col_head).to(tl.int32)
+        lse2_ptrs = lse2_ptr + sheet * seqlen_q + lane
+        delta_ptrs = delta_ptr + sheet * seqlen_q + lane
+        bias_ptrs = bias_ptr
+        if BIAS:
+            bias_ptrs = bias_ptr + batch * stride_bb + head * stride_bh
+            bias_ptrs = bias_ptrs + col_read[:, None] * stride_bk + lane[None, :] * stride_bq
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah) * LOG2_E
+        dk, dv = _walk_queries(
+            dk, dv, k, v, q_base, do_base, q_desc, do_desc, q_row, q_col, do_row, do_col, lse2_ptrs, delta_ptrs,
+            bias_ptrs, rng_ptr, start, inner_start, inner_end, end,
+            seqlen_q, stride_qs, stride_qd, stride_ds, stride_dd, stride_bq, col, seen, first_col, sheet,
+            slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT, PRECISION,
+            TMA, EVEN, BLOCK_M, BLOCK_N, STAGES,
+        )  # fmt: skip
+    at = (batch * seqlen_k + col[:, None]) * nheads_kv + kv_head
+    tl.store(
+        dk_ptr + at * HEAD_DIM + feature[None, :],
+        (dk * softmax_scale).to(dk_ptr.dtype.element_ty),
+        mask=there[:, None] & (feature[None, :] < HEAD_DIM),
+    )
+    tl.store(
+        dv_ptr + at * HEAD_DIM_V + feature_v[None, :],
+        dv.to(dv_ptr.dtype.element_ty),
+        mask=there[:, None] & (feature_v[None, :] < HEAD_DIM_V),
+    )
+
+
+@triton.jit
+def _walk_keys(
+    dq, q, do, lse2, delta, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs, key_mask_ptrs,
+    rng_ptr, start, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
+    slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+    EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Keys from start to end; keys past the last are zeros, which add nothing to dq."""
+    lane = tl.arange(0, BLOCK_N)
+    for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
+        col = first + lane
+        there = col < seqlen_k
+        ahead = tl.cast(first, tl.int64)
+        k = walked_tile(
+            k_base, k_desc, first, stride_ks, stride_kd, k_row, k_col, seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE, TMA
+        )
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        bias = 0.0
+        if BIAS:
+            bias_tile = bias_ptrs + ahead * stride_bk
+            bias = tl.load(bias_tile, mask=there[None, :], other=0.0) if EDGE else tl.load(bias_tile)
+        seen = there[None, :]
+        if KEY_MASK:  # what is masked may hold anything
+            key_seen = tl.load(key_mask_ptrs + ahead * stride_mk, mask=there, other=0) != 0
+            seen = key_seen[None, :]
+            k = tl.where(key_seen[:, None], k, 0.0)
+        p, cap_slope = _weights(
+            s, row[:, None], col[None, :], seen, lse2[:, None], shift, window_left, window_right, scale, softcap,
+            slope, bias, EDGE, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
+        )  # fmt: skip
+        v = walked_tile(
+            v_base, v_desc, first, stride_vs, stride_vd, v_row, v_col, seqlen_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE,
+            TMA,
+        )  # fmt: skip
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        if DROPOUT:
+            keep = kept(rng_ptr, threshold, sheet, row, first, BLOCK_M, BLOCK_N, False)
+            dp = tl.where(keep, dp * kept_scale, 0.0)
+        ds = p * (dp - delta[:, None])
+        if SOFTCAP:
+            ds *= cap_slope
+        if BIAS or KEY_MASK or EDGE:
+            ds = tl.where(p == 0.0, 0.0, ds)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def _queries_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, k_desc, k_per_batch, k_per_head, k_col_head,
+    v_desc, v_per_batch, v_per_head, v_col_head, dq_ptr,
+    stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
+    stride_vb, stride_vs, stride_vh, stride_vd, stride_db, stride_ds, stride_dh, stride_dd,
+    seqlen_q, seqlen_k, nheads_q, softmax_scale,
+    bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
+    stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
+    shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dq of BLOCK_M queries of one head."""
+    blocks = tl.cdiv(seqlen_q, BLOCK_M)
+    block = tl.program_id(0) % blocks
+    if RIGHT:
+        block = blocks - 1 - block
+    sheet = (tl.program_id(0) // blocks).to(tl.int64)
+    batch = sheet // nheads_q
+    head = sheet % nheads_q
+    kv_head = head // GROUP
+    first_row = block * BLOCK_M
+    row = first_row + tl.arange(0, BLOCK_M)
+    there = row < seqlen_q
+    row_read = tl.minimum(row, seqlen_q - 1).to(tl.int64)
+    feature = tl.arange(0, BLOCK_D)
+    feature_v = tl.arange(0, BLOCK_DV)
+    lane = tl.arange(0, BLOCK_N).to(tl.int64)
+    q = load_tile(
+        q_ptr + batch * stride_qb + head * stride_qh
+        + row_read[:, None] * stride_qs + feature[None, :].to(tl.int64) * stride_qd,
+        there[:, None], feature[None, :] < HEAD_DIM, False, HEAD_DIM != BLOCK_D,
+    )  # fmt: skip
+    do = load_tile(
+        do_ptr + batch * stride_db + head * stride_dh
+        + row_read[:, None] * stride_ds + feature_v[None, :].to(tl.int64) * stride_dd,
+        there[:, None], feature_v[None, :] < HEAD_DIM_V, False, HEAD_DIM_V != BLOCK_DV,
+    )  # fmt: skip
+    lse2 = tl.load(lse2_ptr + sheet * seqlen_q + row_read)
+    delta = tl.load(delta_ptr + sheet * seqlen_q + row_read)
+    k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
+    v_base = v_ptr + batch * stride_vb + kv_head * stride_vh
+    k_row, k_col = (batch * k_per_batch + kv_head * k_per_head).to(tl.int32), (kv_head * k_col_head).to(tl.int32)
+    v_row, v_col = (batch * v_per_batch + kv_head * v_per_head).to(tl.int32), (kv_head * v_col_head).to(tl.int32)
+    bias_ptrs = bias_ptr
+    if BIAS:
+        bias_ptrs = bias_ptr + batch * stride_bb + head * stride_bh
+        bias_ptrs = bias_ptrs + row_read[:, None] * stride_bq + lane[None, :] * stride_bk
+    key_mask_ptrs = key_mask_ptr
+    if KEY_MASK:
+        key_mask_ptrs = key_mask_ptr + batch * stride_mb + lane * stride_mk
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah) * LOG2_E
+    last_row = tl.minimum(first_row + BLOCK_M, seqlen_q) - 1
+    start, inner_start, inner_end, end = seen_range(
+        first_row, last_row, window_left - shift, window_right + shift, seqlen_k, LEFT, RIGHT, BLOCK_N
+    )
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if LEFT:
+        dq = _walk_keys(
+            dq, q, do, lse2, delta, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
+            key_mask_ptrs, rng_ptr,
+            start, inner_start, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
+            slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT,
+            PRECISION, TMA, BLOCK_M, BLOCK_N, STAGES,
+        )  # fmt: skip
+    dq = _walk_keys(
+        dq, q, do, lse2, delta, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
+        key_mask_ptrs, rng_ptr,
+        inner_start, inner_end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
+        slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+        False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT,
+        PRECISION, TMA, BLOCK_M, BLOCK_N, STAGES,
+    )  # fmt: skip
+    dq = _walk_keys(
+        dq, q, do, lse2, delta, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
+        key_mask_ptrs, rng_ptr,
+        inner_end, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
+        slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+        True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT,
+        PRECISION, TMA, BLOCK_M, BLOCK_N, STAGES,
+    )  # fmt: skip
+    at = (batch * seqlen_q + row[:, None]) * nheads_q + head
+    tl.store(
+        dq_ptr + at * HEAD_DIM + feature[None, :],
+        (dq * softmax_scale).to(dq_ptr.dtype.element_ty),
+        mask=there[:, None] & (feature[None, :] < HEAD_DIM),
+    )
+
+
+@triton.jit
+def _bias_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dbias_ptr,
+    stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
+    stride_vb, stride_vs, stride_vh, stride_vd, stride_db, stride_ds, stride_dh, stride_dd,
+    batch_size, seqlen_q, seqlen_k, nheads_q,
+    bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
+    stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
+    shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    PER_BATCH: tl.constexpr, PER_HEAD: tl.constexpr, PER_QUERY: tl.constexpr, PER_KEY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile of dbias: the sum over all batches, heads, queries and keys that share it (those without PER_)."""
+    blocks_m = tl.cdiv(seqlen_q, BLOCK_M)
+    blocks_n = tl.cdiv(seqlen_k, BLOCK_N)
+    rest = tl.program_id(0)
+    first_block_n, last_block_n = 0, blocks_n
+    if PER_KEY:
+        first_block_n = rest % blocks_n
+        last_block_n = first_block_n + 1
+        rest = rest // blocks_n
+    first_block_m, last_block_m = 0, blocks_m
+    if PER_QUERY:
+        first_block_m = rest % blocks_m
+        last_block_m = first_block_m + 1
+        rest = rest // blocks_m
+    first_head, last_head = 0, nheads_q
+    if PER_HEAD:
+        first_head = rest % nheads_q
+        last_head = first_head + 1
+        rest = rest // nheads_q
+    first_batch, last_batch = 0, batch_size
+    if PER_BATCH:
+        first_batch = rest
+        last_batch = rest + 1
+    feature = tl.arange(0, BLOCK_D)
+    feature_v = tl.arange(0, BLOCK_DV)
+    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for batch_32 in range(first_batch, last_batch):
+        for head_32 in range(first_head, last_head):
+            batch = tl.cast(batch_32, tl.int64)
+            head = tl.cast(head_32, tl.int64)
+            sheet = batch * nheads_q + head
+            kv_head = head // GROUP
+            slope = 0.0
+            if ALIBI:
+                slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah) * LOG2_E
+            for block_m in range(first_block_m, last_block_m):
+                row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+                row_there = row < seqlen_q
+                row_read = tl.minimum(row, seqlen_q - 1).to(tl.int64)
+                q = load_tile(
+                    q_ptr + batch * stride_qb + head * stride_qh
+                    + row_read[:, None] * stride_qs + feature[None, :].to(tl.int64) * stride_qd,
+                    row_there[:, None], feature[None, :] < HEAD_DIM, False, HEAD_DIM != BLOCK_D,
+                )  # fmt: skip
+                do = load_tile(
+                    do_ptr + batch * stride_db + head * stride_dh
+                    + row_read[:, None] * stride_ds + feature_v[None, :].to(tl.int64) * stride_dd,
+                    row_there[:, None], feature_v[None, :] < HEAD_DIM_V, False, HEAD_DIM_V != BLOCK_DV,
+                )  # fmt: skip
+                lse2 = tl.load(lse2_ptr + sheet * seqlen_q + row, mask=row_there, other=float("inf"))
+                delta = tl.load(delta_ptr + sheet * seqlen_q + row_read)
+                for block_n in range(first_block_n, last_block_n):
+                    first_col = block_n * BLOCK_N
+                    col = first_col + tl.arange(0, BLOCK_N)
+                    col_there = col < seqlen_k
+                    col_read = tl.minimum(col, seqlen_k - 1).to(tl.int64)
+                    k = load_tile(
+                        k_ptr + batch * stride_kb + kv_head * stride_kh
+                        + col_read[None, :] * stride_ks + feature[:, None].to(tl.int64) * stride_kd,
+                        col_there[None, :], feature[:, None] < HEAD_DIM, False, HEAD_DIM != BLOCK_D,
+                    )  # fmt: skip
+                    v = load_tile(
+                        v_ptr + batch * stride_vb + kv_head * stride_vh
+                        + col_read[None, :] * stride_vs + feature_v[:, None].to(tl.int64) * stride_vd,
+                        col_there[None, :], feature_v[:, None] < HEAD_DIM_V, False, HEAD_DIM_V != BLOCK_DV,
+                    )  # fmt: skip
+                    bias_ptrs = bias_ptr + batch * stride_bb + head * stride_bh
+                    bias = tl.load(bias_ptrs + row_read[:, None] * stride_bq + col_read[None, :] * stride_bk)
+                    seen = col_there[None, :]
+                    if KEY_MASK:
+                        key_seen = tl.load(key_mask_ptr + batch * stride_mb + col_read * stride_mk) != 0
+                        seen = seen & key_seen[None, :]
+                    s = tl.dot(q, k, input_precision=PRECISION)
+                    p, _ = _weights(
+                        s, row[:, None], col[None, :], seen, lse2[:, None], shift, window_left, window_right, scale,
+                        softcap, slope, bias, True, LEFT, RIGHT, SOFTCAP, ALIBI, True, True,
+                    )  # fmt: skip
+                    dp = tl.dot(do, v, input_precision=PRECISION)
+                    if DROPOUT:
+                        keep = kept(rng_ptr, threshold, sheet, row, first_col, BLOCK_M, BLOCK_N, False)
+                        dp = tl.where(keep, dp * kept_scale, 0.0)
+                    tile += tl.where(p == 0.0, 0.0, p * (dp - delta[:, None]))
+    row = first_block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = first_block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    sheet = (first_batch * (nheads_q if PER_HEAD else 1) + first_head) * tl.full((), 1, tl.int64)
+    rows = seqlen_q if PER_QUERY else 1
+    cols = seqlen_k if PER_KEY else 1
+    dbias_ptrs = dbias_ptr + sheet * rows * cols
+    if PER_QUERY and PER_KEY:
+        at = row[:, None].to(tl.int64) * cols + col[None, :]
+        mask = (row < seqlen_q)[:, None] & (col < seqlen_k)[None, :]
+        tl.store(dbias_ptrs + at, tile.to(dbias_ptr.dtype.element_ty), mask=mask)
+    elif PER_KEY:
+        tl.store(dbias_ptrs + col, tl.sum(tile, 0).to(dbias_ptr.dtype.element_ty), mask=col < seqlen_k)
+    elif PER_QUERY:
+        tl.store(dbias_ptrs + row, tl.sum(tile, 1).to(dbias_ptr.dtype.element_ty), mask=row < seqlen_q)
+    else:
+        tl.store(dbias_ptrs, tl.sum(tl.sum(tile, 1), 0).to(dbias_ptr.dtype.element_ty))
+
+
+_delta = Launcher(_delta_kernel)
+_keys_bwd = Launcher(_keys_bwd_kernel)
+_queries_bwd = Launcher(_queries_bwd_kernel)
+_bias_bwd = Launcher(_bias_bwd_kernel)
+
+
+def backward(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    attn_bias: Tensor | None, alibi_slopes: Tensor | None, attn_sink: Tensor | None, key_mask: Tensor | None,
+    rng_state: Tensor | None, softmax_scale: float, window_left: int, window_right: int, bottom_right: bool,
+    softcap: float, dropout_p: float, deterministic: bool, need_dq: bool, need_dkv: bool,
+    need_dbias: bool, need_dsink: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, dbias and dsink, contiguous in the inputs' shapes and dtypes; empty where not needed."""
+    problem = Problem(
+        q, k, v, attn_bias, alibi_slopes, attn_sink, key_mask, rng_state, softmax_scale, window_left, window_right,
+        bottom_right, softcap, dropout_p,
+    )  # fmt: skip
+    dq = torch.empty(q.shape if need_dq else 0, dtype=q.dtype, device=q.device)
+    dk = torch.empty(k.shape if need_dkv else 0, dtype=k.dtype, device=k.device)
+    dv = torch.empty(v.shape if need_dkv else 0, dtype=v.dtype, device=v.device)
+    dbias, dsink = (
+        torch.zeros(x.shape if needed else 0, dtype=x.dtype, device=x.device) if x is not None else q.new_empty(0)
+        for x, needed in ((attn_bias, need_dbias), (attn_sink, need_dsink))
+    )
+    delta, lse2, sink_part = _delta_of(problem, do, dlse, out, lse, need_dsink and attn_sink is not None)
+    held = (do, lse2, delta)
+    if dk.numel() or dv.numel():
+        _launch_keys(problem, held, dk, dv, backward_keys_config(problem))
+    if dq.numel():
+        _launch_queries(problem, held, dq, backward_queries_config(problem))
+    if need_dbias and dbias.numel() and q.numel() and k.numel():
+        _launch_bias(problem, held, dbias, backward_bias_config(problem))
+    if sink_part is not None and q.numel():
+        dsink = sink_part.sum((0, 2)).to(dsink.dtype)
+    return dq, dk, dv, dbias, dsink
+
+
+def _delta_of(
+    problem: Problem, do: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, need_dsink: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """delta, lse in log2 units, and what each query adds to dsink; (batch, nheads_q, seqlen_q)."""
+    batch, seqlen_q, nheads_q, _ = problem.q.shape
+    head_dim_v = problem.v.shape[3]
+    lse = lse.contiguous()
+    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
+    sink_part = torch.empty_like(lse) if need_dsink else None
+    block_m = 64 if head_dim_v <= 128 else 32
+    programs = batch * nheads_q * triton.cdiv(seqlen_q, block_m)
+    if programs:
+        _delta.launch(
+            (programs, 1, 1),
+            do.device,
+            (
+                do, out, lse, None if dlse is None else dlse.contiguous(),
+                problem.attn_sink.contiguous() if need_dsink and problem.attn_sink is not None else None,
+                delta, lse2, sink_part, *do.stride(), *out.stride(), seqlen_q, nheads_q,
+            ),
+            {
+                "HEAD_DIM_V": head_dim_v,
+                "BLOCK_DV": block_of(head_dim_v),
+                "HAS_DLSE": dlse is not None,
+                "NEED_DSINK": need_dsink,
+                "BLOCK_M": block_m,
+            },
+            num_warps=4,
+        )  # fmt: skip
+    return delta, lse2, sink_part
+
+
+Held = tuple[Tensor, Tensor, Tensor]  # do, lse in log2 units, delta
+
+
+def _tensors(problem: Problem, held: Held, *outputs: Any) -> tuple[Any, ...]:
+    do, lse2, delta = held
+    q, k, v = problem.q, problem.k, problem.v
+    return q, k, v, do, lse2, delta, *outputs, *q.stride(), *k.stride(), *v.stride(), *do.stride()
+
+
+def _walked(config: BackwardConfig, fits: bool, *tensors: tuple[Tensor, int]) -> tuple[bool, list[Any]]:
+    """Whether tensors go by TMA, all or none, and the kernel's arguments for that."""
+    found = [walked(x, block) for x, block in tensors]
+    tma = config.tma and fits and all(one.descriptor is not None for one in found)
+    return tma, [argument for one in found for argument in (one if tma else BY_POINTERS).arguments]
+
+
+def _launch_keys(problem: Problem, held: Held, dk: Tensor, dv: Tensor, config: BackwardConfig) -> None:
+    batch, seqlen_k, nheads_kv, _ = problem.k.shape
+    _, seqlen_q, nheads_q, _ = problem.q.shape
+    even = seqlen_q % config.block_m == 0  # else the last block reaches into the next sequence
+    tma, descriptors = _walked(config, even, (problem.q, config.block_m), (held[0], config.block_m))
+    _keys_bwd.launch(
+        (batch * nheads_kv * triton.cdiv(seqlen_k, config.block_n), 1, 1),
+        problem.q.device,
+        (
+            *_tensors(problem, held, *descriptors, dk, dv),
+            seqlen_q, seqlen_k, nheads_q, problem.softmax_scale, *problem.options(),
+        ),
+        problem.constants()
+        | {"TMA": tma, "EVEN": even, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.num_stages},
+        num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def _launch_queries(problem: Problem, held: Held, dq: Tensor, config: BackwardConfig) -> None:
+    batch, seqlen_q, nheads_q, _ = problem.q.shape
+    seqlen_k = problem.k.shape[1]
+    tma, descriptors = _walked(config, True, (problem.k, config.block_n), (problem.v, config.block_n))
+    _queries_bwd.launch(
+        (batch * nheads_q * triton.cdiv(seqlen_q, config.block_m), 1, 1),
+        problem.q.device,
+        (
+            *_tensors(problem, held, *descriptors, dq),
+            seqlen_q, seqlen_k, nheads_q, problem.softmax_scale, *problem.options(),
+        ),
+        problem.constants()
+        | {"TMA": tma, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.num_stages},
+        num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def _launch_bias(problem: Problem, held: Held, dbias: Tensor, config: BackwardConfig) -> None:
+    batch, seqlen_q, nheads_q, _ = problem.q.shape
+    seqlen_k = problem.k.shape[1]
+    sizes = batch, nheads_q, triton.cdiv(seqlen_q, config.block_m), triton.cdiv(seqlen_k, config.block_n)
+    own = [size > 1 for size in dbias.shape]
+    programs = 1
+    for size, apart in zip(sizes, own, strict=True):
+        programs *= size if apart else 1
+    _bias_bwd.launch(
+        (programs, 1, 1),
+        problem.q.device,
+        (*_tensors(problem, held, dbias), batch, seqlen_q, seqlen_k, nheads_q, *problem.options()),
+        problem.constants()
+        | dict(zip(("PER_BATCH", "PER_HEAD", "PER_QUERY", "PER_KEY"), own, strict=True))
+        | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
+        num_warps=config.num_warps,
+    )

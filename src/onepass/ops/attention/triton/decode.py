@@ -1,0 +1,353 @@
+"""attention_decode on GPUs: a few queries over a cache of keys, which is read once (flash-decoding, Dao 2023).
+
+The queries of all heads that share a KV head are the rows of one tile, so that each key is read once for them. The keys
+are cut into splits, so that every multiprocessor has work; a second kernel merges the splits' results by their lse.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onepass.core import device
+from onepass.core.triton_backend import Launcher, multiprocessors
+from onepass.ops.attention.spec import check_cache_contents
+from onepass.ops.attention.triton.config import DecodeConfig, decode_config
+from onepass.ops.attention.triton.problem import FAR, LOG2_E, block_of
+from onepass.ops.attention.triton.tile import LN_2, adjusted_scores, load_tile, seen_range, visible
+from onepass.ops.attention.triton.tile import LOG2_E as LOG2_E_IN_KERNELS
+
+
+@triton.jit
+def _pages(page_table_ptrs, key, there, page_size, pages):
+    """The page of each key and its place there; which pages exist. Entries past the stored keys are not looked at."""
+    page = tl.load(page_table_ptrs + key // page_size, mask=there, other=0)
+    return page.to(tl.int64), (key % page_size).to(tl.int64), (page >= 0) & (page < pages)
+
+
+@triton.jit
+def _attend(
+    q, acc, largest, total, k_ptrs, v_ptrs, page_table_ptrs,
+    start, end, length, stride_kb, stride_ks, stride_vb, stride_vs, page_size, pages, row,
+    slope, shift, window_left, window_right, scale, softcap,
+    EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    PAGED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The keys from start to end; in EDGE blocks some are unseen, or are not stored."""
+    feature = tl.arange(0, BLOCK_D)
+    feature_v = tl.arange(0, BLOCK_DV)
+    lane = tl.arange(0, BLOCK_N)
+    for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
+        key = first + lane
+        there = key < length
+        if PAGED:  # a page that does not exist is not read: NaN shows it
+            page, place, exists = _pages(page_table_ptrs, key, there, page_size, pages)
+            read = there & exists
+            nothing = tl.where(exists, 0.0, float("nan"))
+            k = tl.load(
+                k_ptrs + (page * stride_kb + place * stride_ks)[None, :],
+                mask=read[None, :] & (feature[:, None] < HEAD_DIM),
+                other=nothing[None, :].to(k_ptrs.dtype.element_ty),
+            )
+            v = tl.load(
+                v_ptrs + (page * stride_vb + place * stride_vs)[:, None],
+                mask=read[:, None] & (feature_v[None, :] < HEAD_DIM_V),
+                other=nothing[:, None].to(v_ptrs.dtype.element_ty),
+            )
+        else:
+            k = load_tile(
+                k_ptrs + key.to(tl.int64)[None, :] * stride_ks, there[None, :], feature[:, None] < HEAD_DIM, EDGE,
+                HEAD_DIM != BLOCK_D,
+            )  # fmt: skip
+            v = load_tile(
+                v_ptrs + key.to(tl.int64)[:, None] * stride_vs, there[:, None], feature_v[None, :] < HEAD_DIM_V, EDGE,
+                HEAD_DIM_V != BLOCK_DV,
+            )  # fmt: skip
+        s = tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
+        s, _ = adjusted_scores(s, row[:, None], key[None, :], shift, scale, softcap, slope, 0.0, SOFTCAP, ALIBI, False)
+        if EDGE:
+            seen = there[None, :]
+            if LEFT or RIGHT:
+                seen = seen & visible(row[:, None], key[None, :], shift, window_left, window_right, LEFT, RIGHT)
+            s = tl.where(seen, s, -float("inf"))
+        before = largest
+        largest = tl.maximum(largest, tl.max(s, 1))
+        top = tl.where(largest == -float("inf"), 0.0, largest)
+        p = tl.exp2(s - top[:, None])
+        correction = tl.exp2(before - top)
+        total = total * correction + tl.sum(p, 1)
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * correction[:, None], input_precision=PRECISION)
+    return acc, largest, total
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seqlens_ptr, page_table_ptr, slopes_ptr, sink_ptr, k_descale_ptr,
+    v_descale_ptr,
+    stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
+    stride_vb, stride_vs, stride_vh, stride_vd, stride_tb, stride_ab, stride_ah,
+    stride_kdb, stride_kdh, stride_vdb, stride_vdh,
+    batch_size, seqlen_q, capacity, nheads_q, page_size, pages, splits,
+    window_left, window_right, scale, softcap,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    SINK: tl.constexpr, PAGED: tl.constexpr, LENGTHS: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
+    NEED_LSE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows (query, head of the group) of one KV head over one split of its keys.
+
+    With SPLIT out_ptr is fp32 (splits, rows of all), lse_ptr in log2 units; else they are the results.
+    """
+    split = tl.program_id(0)
+    nheads_kv = nheads_q // GROUP
+    sheet = tl.program_id(1)
+    kv_head = (sheet % nheads_kv).to(tl.int64)
+    batch = (sheet // nheads_kv).to(tl.int64)
+    first_packed = tl.program_id(2) * BLOCK_M
+    packed = first_packed + tl.arange(0, BLOCK_M)
+    there = packed < seqlen_q * GROUP
+    row = packed // GROUP
+    head = kv_head * GROUP + packed % GROUP
+    row_read = tl.minimum(row, seqlen_q - 1).to(tl.int64)
+    feature = tl.arange(0, BLOCK_D)
+    feature_v = tl.arange(0, BLOCK_DV)
+    length = capacity
+    if LENGTHS:
+        length = tl.minimum(tl.load(seqlens_ptr + batch), capacity)
+    shift = length - seqlen_q
+    q = load_tile(
+        q_ptr + batch * stride_qb + row_read[:, None] * stride_qs + head[:, None] * stride_qh
+        + feature[None, :].to(tl.int64) * stride_qd,
+        there[:, None], feature[None, :] < HEAD_DIM, False, HEAD_DIM != BLOCK_D,
+    )  # fmt: skip
+    slope = tl.zeros((BLOCK_M, 1), tl.float32)
+    if ALIBI:
+        slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah)[:, None] * LOG2_E_IN_KERNELS
+    if K_DESCALE:
+        scale *= tl.load(k_descale_ptr + batch * stride_kdb + kv_head * stride_kdh)
+    k_ptrs = k_ptr + kv_head * stride_kh + feature[:, None].to(tl.int64) * stride_kd
+    v_ptrs = v_ptr + kv_head * stride_vh + feature_v[None, :].to(tl.int64) * stride_vd
+    page_table_ptrs = page_table_ptr
+    if PAGED:
+        page_table_ptrs = page_table_ptr + batch * stride_tb
+    else:
+        k_ptrs += batch * stride_kb
+        v_ptrs += batch * stride_vb
+    first_row = first_packed // GROUP
+    last_row = tl.minimum(first_packed + BLOCK_M - 1, seqlen_q * GROUP - 1) // GROUP
+    start, inner_start, inner_end, end = seen_range(
+        first_row, last_row, window_left - shift, window_right + shift, length, LEFT, RIGHT, BLOCK_N
+    )
+    if SPLIT:  # whole blocks, shared out evenly
+        share = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), BLOCK_N), splits) * BLOCK_N
+        start += split * share
+        end = tl.minimum(end, start + share)
+        inner_start = tl.minimum(tl.maximum(inner_start, start), end)
+        inner_end = tl.maximum(tl.minimum(inner_end, start + share), inner_start)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    if LEFT:
+        acc, largest, total = _attend(
+            q, acc, largest, total, k_ptrs, v_ptrs, page_table_ptrs,
+            start, inner_start, length, stride_kb, stride_ks, stride_vb, stride_vs, page_size, pages, row,
+            slope, shift, window_left, window_right, scale, softcap,
+            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, PAGED, PRECISION, BLOCK_N,
+            STAGES,
+        )  # fmt: skip
+    acc, largest, total = _attend(
+        q, acc, largest, total, k_ptrs, v_ptrs, page_table_ptrs,
+        inner_start, inner_end, length, stride_kb, stride_ks, stride_vb, stride_vs, page_size, pages, row,
+        slope, shift, window_left, window_right, scale, softcap,
+        False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, PAGED, PRECISION, BLOCK_N,
+        STAGES,
+    )  # fmt: skip
+    acc, largest, total = _attend(
+        q, acc, largest, total, k_ptrs, v_ptrs, page_table_ptrs,
+        inner_end, end, length, stride_kb, stride_ks, stride_vb, stride_vs, page_size, pages, row,
+        slope, shift, window_left, window_right, scale, softcap,
+        True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, PAGED, PRECISION, BLOCK_N,
+        STAGES,
+    )  # fmt: skip
+    if SINK and not SPLIT:
+        sink = tl.load(sink_ptr + head).to(tl.float32) * LOG2_E_IN_KERNELS
+        before = largest
+        largest = tl.maximum(largest, sink)
+        top = tl.where(largest == -float("inf"), 0.0, largest)
+        correction = tl.exp2(before - top)
+        total = total * correction + tl.exp2(sink - top)
+        acc *= correction[:, None]
+    empty = total == 0.0
+    top = tl.where(largest == -float("inf"), 0.0, largest)
+    out = acc / tl.where(empty, 1.0, total)[:, None]
+    if V_DESCALE:
+        out *= tl.load(v_descale_ptr + batch * stride_vdb + kv_head * stride_vdh)
+    at = (batch * seqlen_q + row) * nheads_q + head  # of (batch, seqlen_q, nheads_q)
+    mask = there[:, None] & (feature_v[None, :] < HEAD_DIM_V)
+    if SPLIT:
+        part = split.to(tl.int64) * batch_size * seqlen_q * nheads_q + at
+        tl.store(lse_ptr + part, tl.where(empty, -float("inf"), top + tl.log2(total)), mask=there)
+        tl.store(out_ptr + part[:, None] * HEAD_DIM_V + feature_v[None, :], out, mask=mask)
+    else:
+        out_ptrs = out_ptr + at[:, None] * HEAD_DIM_V + feature_v[None, :]
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+        if NEED_LSE:
+            lse = tl.where(empty, -float("inf"), top * LN_2 + tl.log(total))
+            tl.store(lse_ptr + (batch * nheads_q + head) * seqlen_q + row, lse, mask=there)
+
+
+@triton.jit
+def _merge_kernel(
+    parts_ptr, lses_ptr, sink_ptr, out_ptr, lse_ptr, rows, seqlen_q, nheads_q, splits,
+    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, SINK: tl.constexpr, NEED_LSE: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """A row (batch, query, head) from its splits."""
+    row = tl.program_id(0).to(tl.int64)
+    head = row % nheads_q
+    split = tl.arange(0, SPLITS)
+    there = split < splits
+    lses = tl.load(lses_ptr + split.to(tl.int64) * rows + row, mask=there, other=-float("inf"))
+    top = tl.max(lses, 0)
+    if SINK:
+        sink = tl.load(sink_ptr + head).to(tl.float32) * LOG2_E_IN_KERNELS
+        top = tl.maximum(top, sink)
+    top = tl.where(top == -float("inf"), 0.0, top)
+    weights = tl.exp2(lses - top)
+    total = tl.sum(weights, 0)
+    if SINK:
+        total += tl.exp2(sink - top)
+    empty = total == 0.0
+    feature = tl.arange(0, BLOCK_DV)
+    parts = tl.load(
+        parts_ptr + (split.to(tl.int64) * rows + row)[:, None] * HEAD_DIM_V + feature[None, :],
+        mask=there[:, None] & (feature < HEAD_DIM_V)[None, :],
+        other=0.0,
+    )
+    out = tl.sum(tl.where((weights == 0.0)[:, None], 0.0, weights[:, None] * parts), 0) / tl.where(empty, 1.0, total)
+    tl.store(out_ptr + row * HEAD_DIM_V + feature, out.to(out_ptr.dtype.element_ty), mask=feature < HEAD_DIM_V)
+    if NEED_LSE:
+        token = row // nheads_q
+        at = (token // seqlen_q * nheads_q + head) * seqlen_q + token % seqlen_q
+        tl.store(lse_ptr + at, tl.where(empty, -float("inf"), (top + tl.log2(total)) * LN_2))
+
+
+_decode = Launcher(_decode_kernel)
+_merge = Launcher(_merge_kernel)
+
+
+def decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor | None, page_table: Tensor | None,
+    alibi_slopes: Tensor | None, attn_sink: Tensor | None, k_descale: Tensor | None, v_descale: Tensor | None,
+    softmax_scale: float, window_left: int, window_right: int, softcap: float, num_splits: int,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out (batch, seqlen_q, nheads_q, head_dim_v) and lse (batch, nheads_q, seqlen_q), which is empty if not needed."""
+    if q.is_cpu:  # the interpreter: contents can be looked at
+        check_cache_contents(k_cache, cache_seqlens, page_table)
+    batch, seqlen_q, nheads_q, head_dim = q.shape
+    nheads_kv, head_dim_v = k_cache.shape[2], v_cache.shape[3]
+    group = nheads_q // nheads_kv
+    capacity = k_cache.shape[1] if page_table is None else page_table.shape[1] * k_cache.shape[1]
+    out = torch.empty((batch, seqlen_q, nheads_q, head_dim_v), dtype=q.dtype, device=q.device)
+    lse_shape = (batch, nheads_q, seqlen_q) if need_lse else (0,)
+    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+    if not out.numel():
+        return out, lse
+    config = decode_config(q, v_cache)
+    block_m = min(config.most_rows, max(16, 1 << (seqlen_q * group - 1).bit_length()))
+    tiles = batch * nheads_kv * triton.cdiv(seqlen_q * group, block_m)
+    blocks = max(1, triton.cdiv(capacity, config.block_n))
+    splits = min(num_splits or _splits(tiles, blocks, q.device, config), blocks, config.most_splits)
+    attn_sink = None if attn_sink is None else attn_sink.contiguous()
+    rows = batch * seqlen_q * nheads_q
+    parts, part_lses = out, lse
+    if splits > 1:
+        parts = torch.empty((splits, rows, head_dim_v), dtype=torch.float32, device=q.device)
+        part_lses = torch.empty((splits, rows), dtype=torch.float32, device=q.device)
+    scale = softmax_scale / softcap if softcap else softmax_scale * LOG2_E
+    _decode.launch(
+        (splits, batch * nheads_kv, triton.cdiv(seqlen_q * group, block_m)),
+        q.device,
+        (
+            q, k_cache, v_cache, parts, part_lses, _contiguous(cache_seqlens), _contiguous(page_table), alibi_slopes,
+            attn_sink, k_descale, v_descale, *q.stride(), *k_cache.stride(), *v_cache.stride(),
+            0 if page_table is None else page_table.shape[1],
+            *_head_strides(alibi_slopes), *_head_strides(k_descale), *_head_strides(v_descale),
+            batch, seqlen_q, capacity, nheads_q, k_cache.shape[1], k_cache.shape[0], splits,
+            min(window_left, FAR), min(window_right, FAR), scale, softcap,
+        ),
+        {
+            "GROUP": group,
+            "HEAD_DIM": head_dim,
+            "HEAD_DIM_V": head_dim_v,
+            "BLOCK_D": block_of(head_dim),
+            "BLOCK_DV": block_of(head_dim_v),
+            "LEFT": window_left >= 0,
+            # One query sees every key that is stored: nothing to mask but the end.
+            "RIGHT": window_right >= 0 and seqlen_q > 1,
+            "SOFTCAP": softcap != 0.0,
+            "ALIBI": alibi_slopes is not None,
+            "SINK": attn_sink is not None,
+            "PAGED": page_table is not None,
+            "LENGTHS": cache_seqlens is not None,
+            "K_DESCALE": k_descale is not None,
+            "V_DESCALE": v_descale is not None,
+            "NEED_LSE": need_lse,
+            "SPLIT": splits > 1,
+            "PRECISION": "tf32" if device.allows_tf32(q) else "ieee",
+            "BLOCK_M": block_m,
+            "BLOCK_N": config.block_n,
+            "STAGES": config.num_stages,
+        },
+        num_warps=config.num_warps,
+    )  # fmt: skip
+    if splits > 1:
+        _merge.launch(
+            (rows, 1, 1),
+            q.device,
+            (parts, part_lses, attn_sink, out, lse, rows, seqlen_q, nheads_q, splits),
+            {
+                "HEAD_DIM_V": head_dim_v,
+                "BLOCK_DV": block_of(head_dim_v),
+                "SINK": attn_sink is not None,
+                "NEED_LSE": need_lse,
+                "SPLITS": max(2, triton.next_power_of_2(splits)),
+            },
+            num_warps=4,
+        )
+    return out, lse
+
+
+def _splits(tiles: int, blocks: int, on: torch.device, config: DecodeConfig) -> int:
+    """The least number of splits whose waves of programs leave nearly as few multiprocessors idle as the best."""
+    at_once = multiprocessors(on) * config.programs_per_processor
+    if tiles >= 4 * at_once:
+        return 1
+    most = min(blocks, config.most_splits, max(1, math.ceil(4 * at_once / tiles)))
+
+    def busy(splits: int) -> float:
+        # Splits are whole blocks: the longest decides.
+        even = blocks / (triton.cdiv(blocks, splits) * splits)
+        waves = tiles * splits / at_once
+        return even * waves / math.ceil(waves)
+
+    best = max(busy(splits) for splits in range(1, most + 1))
+    return next(splits for splits in range(1, most + 1) if busy(splits) >= 0.9 * best)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _head_strides(x: Tensor | None) -> tuple[int, int]:
+    """Strides of (nheads,) or (batch, nheads) as (batch, head)."""
+    if x is None:
+        return 0, 0
+    return x.stride(0) if x.dim() == 2 else 0, x.stride(-1)

@@ -1,0 +1,309 @@
+"""attention on GPUs, forward (FlashAttention-2, Dao 2023).
+
+A program takes BLOCK_M queries of one head and walks the keys that they see, BLOCK_N at a time, with a running maximum,
+sum and output (online softmax, Milakov and Gimelshein 2018). Blocks that nobody sees are skipped, blocks that everybody
+sees have no code for masks.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onepass.core.triton_backend import Launcher, multiprocessors
+from onepass.ops.attention.triton.config import ForwardConfig, Schedule, forward_config
+from onepass.ops.attention.triton.problem import BY_POINTERS, Problem, walked
+from onepass.ops.attention.triton.tile import (
+    LN_2,
+    LOG2_E,
+    adjusted_scores,
+    kept,
+    load_tile,
+    seen_range,
+    visible,
+    walked_tile,
+)
+
+
+@triton.jit
+def _attend(
+    q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
+    key_mask_ptrs, rng_ptr,
+    start, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
+    slope, shift, window_left, window_right, scale, softcap, threshold,
+    EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The keys from start to end; in EDGE blocks some are unseen, or do not exist."""
+    PLAIN: tl.constexpr = not (SOFTCAP or ALIBI or BIAS)
+    lane = tl.arange(0, BLOCK_N)
+    for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
+        col = first + lane
+        ahead = tl.cast(first, tl.int64)
+        k = walked_tile(
+            k_base, k_desc, first, stride_ks, stride_kd, k_row, k_col, seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE, TMA
+        )
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if not PLAIN:
+            bias = 0.0
+            if BIAS:
+                bias_tile = bias_ptrs + ahead * stride_bk
+                bias = tl.load(bias_tile, mask=(col < seqlen_k)[None, :], other=0.0) if EDGE else tl.load(bias_tile)
+            s, _ = adjusted_scores(
+                s, row[:, None], col[None, :], shift, scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS
+            )
+        if EDGE:
+            seen = (col < seqlen_k)[None, :]
+            if LEFT or RIGHT:
+                seen = seen & visible(row[:, None], col[None, :], shift, window_left, window_right, LEFT, RIGHT)
+            s = tl.where(seen, s, -float("inf"))
+        if KEY_MASK:
+            key_seen = tl.load(key_mask_ptrs + ahead * stride_mk, mask=col < seqlen_k, other=0) != 0
+            s = tl.where(key_seen[None, :], s, -float("inf"))
+        before = largest
+        if PLAIN:  # one multiply-add an element; q has the sign that makes the scale positive
+            largest = tl.maximum(largest, tl.max(s, 1) * scale)
+        else:
+            largest = tl.maximum(largest, tl.max(s, 1))
+        top = tl.where(largest == -float("inf"), 0.0, largest)
+        p = tl.exp2(s * scale - top[:, None]) if PLAIN else tl.exp2(s - top[:, None])
+        correction = tl.exp2(before - top)
+        total = total * correction + tl.sum(p, 1)
+        if DROPOUT:
+            p = tl.where(kept(rng_ptr, threshold, sheet, row, first, BLOCK_M, BLOCK_N, False), p, 0.0)
+        acc = acc * correction[:, None]
+        v = walked_tile(
+            v_base, v_desc, first, stride_vs, stride_vd, v_row, v_col, seqlen_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE,
+            TMA,
+        )  # fmt: skip
+        if KEY_MASK:  # what is masked may hold anything
+            v = tl.where(key_seen[:, None], v, 0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, largest, total
+
+
+@triton.jit
+def _tile(
+    tile,
+    q_ptr, k_ptr, v_ptr, k_desc, k_per_batch, k_per_head, k_col_head, v_desc, v_per_batch, v_per_head, v_col_head,
+    out_ptr, lse_ptr, sink_ptr,
+    stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
+    stride_vb, stride_vs, stride_vh, stride_vd,
+    seqlen_q, seqlen_k, nheads_q, sign,
+    bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
+    stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
+    shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    SINK: tl.constexpr, SIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One tile: BLOCK_M queries of one head."""
+    blocks = tl.cdiv(seqlen_q, BLOCK_M)
+    block = tile % blocks
+    if RIGHT:
+        block = blocks - 1 - block  # the rows that see most keys first
+    sheet = tile // blocks
+    batch = (sheet // nheads_q).to(tl.int64)
+    head = sheet % nheads_q
+    kv_head = head // GROUP
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    there = row < seqlen_q
+    # Rows past the end read the last row again: what they compute is not stored.
+    row_read = tl.minimum(row, seqlen_q - 1).to(tl.int64)
+    feature = tl.arange(0, BLOCK_D)
+    feature_v = tl.arange(0, BLOCK_DV)
+    lane = tl.arange(0, BLOCK_N)
+    q_ptrs = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
+    q = load_tile(
+        q_ptrs + row_read[:, None] * stride_qs + feature[None, :].to(tl.int64) * stride_qd,
+        there[:, None],
+        feature[None, :] < HEAD_DIM,
+        False,
+        HEAD_DIM != BLOCK_D,
+    )
+    if SIGNED:
+        q = (q * sign).to(q.dtype)
+    k_base = k_ptr + batch * stride_kb + kv_head.to(tl.int64) * stride_kh
+    v_base = v_ptr + batch * stride_vb + kv_head.to(tl.int64) * stride_vh
+    k_row = (batch * k_per_batch + kv_head * k_per_head).to(tl.int32)
+    v_row = (batch * v_per_batch + kv_head * v_per_head).to(tl.int32)
+    k_col, v_col = kv_head * k_col_head, kv_head * v_col_head
+    bias_ptrs = bias_ptr
+    if BIAS:
+        bias_ptrs = bias_ptr + batch * stride_bb + head.to(tl.int64) * stride_bh
+        bias_ptrs = bias_ptrs + row_read[:, None] * stride_bq + lane[None, :].to(tl.int64) * stride_bk
+    key_mask_ptrs = key_mask_ptr
+    if KEY_MASK:
+        key_mask_ptrs = key_mask_ptr + batch * stride_mb + lane.to(tl.int64) * stride_mk
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah) * LOG2_E
+    first_row = block * BLOCK_M
+    last_row = tl.minimum(first_row + BLOCK_M, seqlen_q) - 1
+    start, inner_start, inner_end, end = seen_range(
+        first_row, last_row, window_left - shift, window_right + shift, seqlen_k, LEFT, RIGHT, BLOCK_N
+    )
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    if LEFT:
+        acc, largest, total = _attend(
+            q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
+    key_mask_ptrs, rng_ptr,
+            start, inner_start, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
+            slope, shift, window_left, window_right, scale, softcap, threshold,
+            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
+            DROPOUT, PRECISION, TMA, BLOCK_M, BLOCK_N, STAGES,
+        )  # fmt: skip
+    acc, largest, total = _attend(
+        q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
+    key_mask_ptrs, rng_ptr,
+        inner_start, inner_end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
+        slope, shift, window_left, window_right, scale, softcap, threshold,
+        False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
+        DROPOUT, PRECISION, TMA, BLOCK_M, BLOCK_N, STAGES,
+    )  # fmt: skip
+    acc, largest, total = _attend(
+        q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
+    key_mask_ptrs, rng_ptr,
+        inner_end, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
+        slope, shift, window_left, window_right, scale, softcap, threshold,
+        True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
+        DROPOUT, PRECISION, TMA, BLOCK_M, BLOCK_N, STAGES,
+    )  # fmt: skip
+    if SINK:
+        sink = tl.load(sink_ptr + head).to(tl.float32) * LOG2_E
+        before = largest
+        largest = tl.maximum(largest, sink)
+        top = tl.where(largest == -float("inf"), 0.0, largest)
+        correction = tl.exp2(before - top)
+        total = total * correction + tl.exp2(sink - top)
+        acc = acc * correction[:, None]
+    top = tl.where(largest == -float("inf"), 0.0, largest)
+    empty = total == 0.0
+    weight = 1.0 / tl.where(empty, 1.0, total)
+    if DROPOUT:
+        weight *= kept_scale
+    lse = tl.where(empty, -float("inf"), top * LN_2 + tl.log(total))
+    tl.store(lse_ptr + sheet.to(tl.int64) * seqlen_q + row, lse, mask=there)
+    out_ptrs = out_ptr + ((batch * seqlen_q + row[:, None]) * nheads_q + head) * HEAD_DIM_V + feature_v[None, :]
+    out = (acc * weight[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptrs, out, mask=there[:, None] & (feature_v[None, :] < HEAD_DIM_V))
+
+
+@triton.jit
+def _fwd_kernel(
+    q_ptr, k_ptr, v_ptr, k_desc, k_per_batch, k_per_head, k_col_head, v_desc, v_per_batch, v_per_head, v_col_head,
+    out_ptr, lse_ptr, sink_ptr, counter_ptr,
+    stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
+    stride_vb, stride_vs, stride_vh, stride_vd,
+    seqlen_q, seqlen_k, nheads_q, sign, tiles,
+    bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
+    stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
+    shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    SINK: tl.constexpr, SIGNED: tl.constexpr, SCHEDULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """A program takes one tile; or every so-many-th; or, SCHEDULE "dynamic", the next one that nobody has taken."""
+    tile = tl.program_id(0)
+    if SCHEDULE == "dynamic":
+        tile = tl.atomic_add(counter_ptr, 1, sem="relaxed")
+    if SCHEDULE == "one":
+        _tile(
+            tile, q_ptr, k_ptr, v_ptr, k_desc, k_per_batch, k_per_head, k_col_head,
+            v_desc, v_per_batch, v_per_head, v_col_head, out_ptr, lse_ptr, sink_ptr,
+            stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
+            stride_vb, stride_vs, stride_vh, stride_vd, seqlen_q, seqlen_k, nheads_q, sign,
+            bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
+            stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
+            shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+            GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT,
+            PRECISION, TMA, SINK, SIGNED, BLOCK_M, BLOCK_N, STAGES,
+        )  # fmt: skip
+    else:
+        while tile < tiles:
+            _tile(
+                tile, q_ptr, k_ptr, v_ptr, k_desc, k_per_batch, k_per_head, k_col_head,
+                v_desc, v_per_batch, v_per_head, v_col_head, out_ptr, lse_ptr, sink_ptr,
+                stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
+                stride_vb, stride_vs, stride_vh, stride_vd, seqlen_q, seqlen_k, nheads_q, sign,
+                bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
+                stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
+                shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+                GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT,
+                PRECISION, TMA, SINK, SIGNED, BLOCK_M, BLOCK_N, STAGES,
+            )  # fmt: skip
+            if SCHEDULE == "dynamic":
+                tile = tl.atomic_add(counter_ptr, 1, sem="relaxed")
+            else:
+                tile += tl.num_programs(0)
+
+
+_fwd = Launcher(_fwd_kernel)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None, alibi_slopes: Tensor | None, attn_sink: Tensor | None,
+    key_mask: Tensor | None, rng_state: Tensor | None, softmax_scale: float, window_left: int, window_right: int,
+    bottom_right: bool, softcap: float, dropout_p: float, deterministic: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out (batch, seqlen_q, nheads_q, head_dim_v) and lse (batch, nheads_q, seqlen_q)."""
+    problem = Problem(
+        q, k, v, attn_bias, alibi_slopes, attn_sink, key_mask, rng_state, softmax_scale, window_left, window_right,
+        bottom_right, softcap, dropout_p,
+    )  # fmt: skip
+    return run(problem, forward_config(problem))
+
+
+def run(problem: Problem, config: ForwardConfig) -> tuple[Tensor, Tensor]:
+    """The forward with a configuration."""
+    q, k, v, sink = problem.q, problem.k, problem.v, problem.attn_sink
+    batch, seqlen_q, nheads_q, _ = q.shape
+    out = torch.empty((batch, seqlen_q, nheads_q, v.shape[3]), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, nheads_q, seqlen_q), dtype=torch.float32, device=q.device)
+    tiles = batch * nheads_q * triton.cdiv(seqlen_q, config.block_m)
+    if not tiles:
+        return out, lse
+    programs, counter = tiles, None
+    if config.schedule is not Schedule.ONE:
+        programs = min(tiles, config.programs_per_processor * multiprocessors(q.device))
+    if config.schedule is Schedule.DYNAMIC:
+        counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    scale, sign = problem.positive_scale()
+    walked_k, walked_v = walked(k, config.block_n), walked(v, config.block_n)
+    tma = config.tma and walked_k.descriptor is not None and walked_v.descriptor is not None
+    if not tma:
+        walked_k = walked_v = BY_POINTERS
+    _fwd.launch(
+        (programs, 1, 1),
+        q.device,
+        (
+            q, k, v, *walked_k.arguments, *walked_v.arguments, out, lse,
+            None if sink is None else sink.contiguous(), counter,
+            *q.stride(), *k.stride(), *v.stride(),
+            seqlen_q, k.shape[1], nheads_q, sign, tiles, *problem.options(scale),
+        ),
+        problem.constants()
+        | {
+            "TMA": tma,
+            "SINK": sink is not None,
+            "SIGNED": sign != 1.0,
+            "SCHEDULE": config.schedule.value,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "STAGES": config.num_stages,
+        },
+        num_warps=config.num_warps,
+    )  # fmt: skip
+    return out, lse

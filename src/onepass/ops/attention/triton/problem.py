@@ -1,0 +1,154 @@
+"""A call of attention as the kernels take it: the arguments and constants that forward and backward share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onepass.core import device
+from onepass.core.triton_backend import aligned, has_tma
+
+LOG2_E = math.log2(math.e)
+FAR = 1 << 30  # windows are clamped here, so that 32-bit index arithmetic cannot overflow
+
+
+TMA_SEQLEN = 1024
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def block_of(size: int) -> int:
+    """The power of two that a head dimension is padded to; matrix instructions want 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of attention_fwd, checked."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    attn_bias: Tensor | None
+    alibi_slopes: Tensor | None
+    attn_sink: Tensor | None
+    key_mask: Tensor | None
+    rng_state: Tensor | None
+    softmax_scale: float
+    window_left: int
+    window_right: int
+    bottom_right: bool
+    softcap: float
+    dropout_p: float
+
+    @property
+    def shift(self) -> int:
+        return self.k.shape[1] - self.q.shape[1] if self.bottom_right else 0
+
+    @property
+    def scale(self) -> float:
+        """What products are multiplied by: into softcap's tanh, or to log2 units."""
+        return self.softmax_scale / self.softcap if self.softcap else self.softmax_scale * LOG2_E
+
+    def positive_scale(self) -> tuple[float, float]:
+        """(a positive scale, the sign that q takes for it), where the largest score is that of the largest product.
+
+        A scale that fp32 cannot hold is 0: q becomes 0.
+        """
+        if self.scale >= _TINY:
+            return self.scale, 1.0
+        return (-self.scale, -1.0) if self.scale <= -_TINY else (1.0, 0.0)
+
+    def options(self, scale: float | None = None) -> tuple[Any, ...]:
+        """The arguments after q, k, v and the kernel's own: pointers, strides and numbers of the options."""
+        bias, slopes, mask = self.attn_bias, self.alibi_slopes, self.key_mask
+        return (
+            bias,
+            slopes,
+            mask,
+            self.rng_state,
+            *(_broadcast_strides(bias) if bias is not None else (0, 0, 0, 0)),
+            slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
+            slopes.stride(-1) if slopes is not None else 0,
+            *(mask.stride() if mask is not None else (0, 0)),
+            self.shift,
+            min(self.window_left, FAR),
+            min(self.window_right, FAR),
+            self.scale if scale is None else scale,
+            self.softcap,
+            math.ceil(self.dropout_p * 2**32),
+            1.0 / (1.0 - self.dropout_p) if self.dropout_p < 1.0 else 0.0,
+        )
+
+    def constants(self) -> dict[str, Any]:
+        return {
+            "GROUP": self.q.shape[2] // self.k.shape[2],
+            "HEAD_DIM": self.q.shape[3],
+            "HEAD_DIM_V": self.v.shape[3],
+            "BLOCK_D": block_of(self.q.shape[3]),
+            "BLOCK_DV": block_of(self.v.shape[3]),
+            "LEFT": self.window_left >= 0,
+            "RIGHT": self.window_right >= 0,
+            "SOFTCAP": self.softcap != 0.0,
+            "ALIBI": self.alibi_slopes is not None,
+            "BIAS": self.attn_bias is not None,
+            "KEY_MASK": self.key_mask is not None,
+            "DROPOUT": self.dropout_p != 0.0,
+            "PRECISION": "tf32" if device.allows_tf32(self.q) else "ieee",
+        }
+
+
+@dataclass(frozen=True)
+class Walked:
+    """A tensor that a kernel walks token by token, as a matrix for TMA: row and column of (batch, head, token 0)."""
+
+    descriptor: Any
+    rows_per_batch: int = 0
+    rows_per_head: int = 0
+    cols_per_head: int = 0
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.descriptor, self.rows_per_batch, self.rows_per_head, self.cols_per_head
+
+
+BY_POINTERS = Walked(None)
+
+
+def walked(x: Tensor, block: int) -> Walked:
+    """x (batch, seqlen, nheads, head_dim) for TMA where the GPU has it, the strides allow it and it pays.
+
+    A descriptor costs some 10 us of host time, which only a long sequence hides.
+    """
+    batch, seqlen, nheads, head_dim = x.shape
+    stride_b, stride_s, stride_h, stride_d = x.stride()
+    if not has_tma(device.arch(x)) or seqlen < TMA_SEQLEN or head_dim != block_of(head_dim) or stride_d != 1:
+        return BY_POINTERS
+    heads_in_row = stride_h < stride_s
+    if (
+        x.dtype is torch.float32
+        or stride_s < head_dim
+        or stride_s * x.itemsize % 16
+        or stride_b % stride_s
+        or (stride_h % stride_s if not heads_in_row else (nheads - 1) * stride_h + head_dim > stride_s)
+        or not aligned(x.data_ptr())
+    ):
+        return BY_POINTERS
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    per_batch, per_head = stride_b // stride_s, 0 if heads_in_row else stride_h // stride_s
+    cols_per_head = stride_h if heads_in_row else 0
+    rows = (batch - 1) * per_batch + (nheads - 1) * per_head + seqlen
+    cols = (nheads - 1) * cols_per_head + head_dim
+    if rows >= 2**31:
+        return BY_POINTERS
+    matrix = TensorDescriptor(x, [rows, cols], [stride_s, 1], [block, head_dim])
+    return Walked(matrix, per_batch, per_head, cols_per_head)
+
+
+def _broadcast_strides(bias: Tensor) -> list[int]:
+    """Strides of the bias as (batch, nheads_q, seqlen_q, seqlen_k): 0 along dimensions that are broadcast."""
+    return [0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)]

@@ -1,0 +1,126 @@
+"""What the kernels of attention share: loads of tiles, the keys that rows see, scores, dropout.
+
+Scores are in units of log2: exp2 is what the hardware has, and the factor log2(e) goes into the scale.
+"""
+
+import triton
+import triton.language as tl
+
+from onepass.core.triton_functions import tanh
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_tile(ptr, along, across, CHECK_ALONG: tl.constexpr, CHECK_ACROSS: tl.constexpr):
+    """A tile of q, k, v or do; 0 outside. `along`: which tokens exist, `across`: which features; (n, 1) or (1, n)."""
+    if CHECK_ALONG and CHECK_ACROSS:
+        return tl.load(ptr, mask=along & across, other=0.0)
+    elif CHECK_ALONG:
+        return tl.load(ptr, mask=along, other=0.0)
+    elif CHECK_ACROSS:
+        return tl.load(ptr, mask=across, other=0.0)
+    else:
+        return tl.load(ptr)
+
+
+@triton.jit
+def walked_tile(
+    base, desc, first, stride_s, stride_d, row, col, length,
+    SIZE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The tile (TOKENS, BLOCK_D) of tokens from `first` on; 0 past the `length` of an EDGE tile and past SIZE features.
+
+    base: where token 0 of the head is. row, col: the same in the descriptor's matrix. The addresses are made here, from
+    numbers, so that they take no registers while another walk runs.
+    """
+    if TMA and not EDGE:
+        return desc.load([row + first, col])
+    else:
+        token = tl.arange(0, TOKENS)[:, None]
+        feature = tl.arange(0, BLOCK_D)[None, :]
+        offsets = token.to(tl.int64) * stride_s + feature.to(tl.int64) * stride_d
+        ptrs = base + tl.cast(first, tl.int64) * stride_s + offsets
+        return load_tile(ptrs, first + token < length, feature < SIZE, EDGE, SIZE != BLOCK_D)
+
+
+@triton.jit
+def seen_range(
+    first, last, shift_left, shift_right, length, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The others (keys of queries, or queries of keys) that tokens first..last see, in blocks.
+
+    A token t sees others from t - shift_left to t + shift_right, among 0..length - 1. Returns start <= a <= b and end:
+    in the whole blocks of [a, b) every token sees everything, in [start, a) and [b, end) some do not; outside of
+    [start, end) nobody sees anything. `end` is no multiple of BLOCK; without LEFT start == a == 0.
+    """
+    start, end, inner_start, inner_end = 0, length, 0, length
+    if LEFT:
+        start = tl.maximum(first - shift_left, 0) // BLOCK * BLOCK
+        inner_start = tl.cdiv(tl.maximum(last - shift_left, 0), BLOCK) * BLOCK
+    if RIGHT:
+        end = tl.minimum(last + shift_right + 1, length)
+        inner_end = tl.maximum(tl.minimum(first + shift_right + 1, length), 0)
+    inner_end = inner_end // BLOCK * BLOCK
+    none = inner_end <= inner_start
+    return start, tl.where(none, start, inner_start), tl.where(none, start, inner_end), end
+
+
+@triton.jit
+def visible(row, col, shift, window_left, window_right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Which keys which queries see by window and causal mask; only with LEFT or RIGHT."""
+    ahead = col - row - shift
+    if LEFT and RIGHT:
+        return (ahead >= -window_left) & (ahead <= window_right)
+    elif LEFT:
+        return ahead >= -window_left
+    else:
+        return ahead <= window_right
+
+
+@triton.jit
+def adjusted_scores(
+    s, row, col, shift, scale, softcap, slope, bias,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """(scores in log2 units, the slope of softcap or 1.0) of products s = q k^T: scale, softcap, ALiBi, bias.
+
+    scale: softmax_scale * log2(e), or with SOFTCAP softmax_scale / softcap. slope: of ALiBi, times log2(e).
+    """
+    cap_slope = 1.0
+    if SOFTCAP:
+        t = tanh(s * scale)
+        cap_slope = 1.0 - t * t
+        s = t * (softcap * LOG2_E)
+    else:
+        s = s * scale
+    if ALIBI:
+        s -= slope * tl.abs(row + shift - col).to(tl.float32)
+    if BIAS:
+        s += bias.to(tl.float32) * LOG2_E
+    return s, cap_slope
+
+
+@triton.jit
+def kept(rng_ptr, threshold, sheet, row, first_col, ROWS: tl.constexpr, COLS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Which weights dropout keeps, (ROWS, COLS) or its transpose; docs/conventions.md has the definition.
+
+    sheet: batch * nheads_q + head. threshold: ceil(p * 2**32), an int64. first_col is a multiple of 4.
+    """
+    seed = tl.load(rng_ptr)
+    offset = tl.load(rng_ptr + 1)
+    quad = first_col // 4 + tl.arange(0, COLS // 4)
+    zero = tl.zeros((ROWS, COLS // 4), tl.uint32)
+    w0, w1, w2, w3 = tl.philox(
+        seed,
+        zero + offset.to(tl.uint32),
+        zero + sheet.to(tl.uint32),
+        zero + row.to(tl.uint32)[:, None],
+        zero + quad.to(tl.uint32)[None, :],
+    )
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (ROWS, COLS / 4, 2, 2): word 2 x + y is at [x, y]
+    keep = tl.reshape(words, (ROWS, COLS)).to(tl.int64) >= threshold
+    if TRANSPOSED:
+        keep = tl.trans(keep)
+    return keep

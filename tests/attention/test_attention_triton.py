@@ -1,0 +1,121 @@
+"""Attention's Triton kernels compiled ahead of time for each target, with a matrix of features."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from onepass.core import env
+from onepass.testing import aot
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(env.triton_interpreted(), reason="interpreted kernels are not compiled")
+
+_SEQLEN = 1024  # long enough for TMA
+_PLAIN: dict[str, Any] = {}
+_CAUSAL = {"right": 0}
+_EVERYTHING = {
+    "left": 64,
+    "right": 0,
+    "softcap": 5.0,
+    "alibi": True,
+    "bias": True,
+    "sink": True,
+    "mask": True,
+    "p": 0.1,
+}
+
+
+def _tensors(head_dim: int, head_dim_v: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    shape = 1, _SEQLEN, 2
+    return (
+        torch.empty(1, _SEQLEN, 4, head_dim, dtype=dtype),
+        torch.empty(*shape, head_dim, dtype=dtype),
+        torch.empty(*shape, head_dim_v, dtype=dtype),
+    )
+
+
+def _attend(head_dim: int, head_dim_v: int, dtype: torch.dtype, features: dict[str, Any]) -> None:
+    from onepass.ops.attention.triton import bwd, fwd
+
+    q, k, v = _tensors(head_dim, head_dim_v, dtype)
+    bias, slopes = torch.empty(1, 4, _SEQLEN, 1, dtype=dtype), torch.empty(4)
+    sink, mask, rng = torch.empty(4, dtype=dtype), torch.empty(1, _SEQLEN, dtype=torch.bool), torch.empty(2).long()
+    options = (
+        bias if "bias" in features else None,
+        slopes if "alibi" in features else None,
+        sink if "sink" in features else None,
+        mask if "mask" in features else None,
+        rng if "p" in features else None,
+        0.1,
+        features.get("left", -1),
+        features.get("right", -1),
+        True,
+        features.get("softcap", 0.0),
+        features.get("p", 0.0),
+        False,
+    )
+    out, lse = fwd.forward(q, k, v, *options)
+    needs = True, True, "bias" in features, "sink" in features
+    bwd.backward(out, lse if features is _EVERYTHING else None, q, k, v, out, lse, *options, *needs)
+
+
+def _decode(head_dim: int, dtype: torch.dtype, paged: bool) -> None:
+    from onepass.ops.attention.triton import decode
+
+    q = torch.empty(1, 1, 4, head_dim, dtype=dtype)
+    shape = (8, 16, 2, head_dim) if paged else (1, 128, 2, head_dim)
+    cache, lengths = torch.empty(shape, dtype=dtype), torch.full((1,), 100, dtype=torch.int32)
+    table = torch.zeros(1, 8, dtype=torch.int32) if paged else None
+    decode.decode(q, cache, cache, lengths, table, None, None, None, None, 0.1, -1, 0, 0.0, 2, True)
+
+
+def _launch() -> None:
+    from onepass.ops.attention.triton import merge
+
+    _attend(64, 64, torch.bfloat16, _PLAIN)
+    _attend(128, 128, torch.bfloat16, _CAUSAL)
+    _attend(192, 128, torch.bfloat16, _PLAIN)
+    _attend(40, 40, torch.float16, _EVERYTHING)
+    _attend(64, 64, torch.float32, _CAUSAL)
+    for paged in (False, True):
+        _decode(128, torch.bfloat16, paged)
+    outs, lses = torch.empty(2, 1, 8, 4, 64), torch.empty(2, 1, 4, 8)
+    out, lse = merge.merge(outs, lses)
+    merge.merge_backward(out, lse, outs, lses, out, lse)
+
+
+_PRODUCTS = {
+    "_fwd_kernel": 2,
+    "_keys_bwd_kernel": 4,
+    "_queries_bwd_kernel": 3,
+    "_bias_bwd_kernel": 2,
+    "_decode_kernel": 2,
+}
+
+
+def _fault(launch: aot.Launch, target: str, kernel: aot.Compiled) -> str:
+    """Products of 16-bit numbers take matrix instructions; what is launched by default does not spill."""
+    if launch.name in _PRODUCTS and "HEAD_DIM" in launch.constants and "PRECISION" in launch.constants:
+        floats = launch.arguments[0].dtype is torch.float32
+        wanted = (
+            "wgmma" if target == "sm_90" and launch.name != "_decode_kernel" else r"wgmma|mma\.sync|tcgen05\.mma|v_mfma"
+        )
+        if (
+            not floats
+            and launch.constants["BLOCK_M"] >= 64
+            and len(re.findall(wanted, kernel.text)) < _PRODUCTS[launch.name]
+        ):
+            return f"no matrix instructions {wanted}"
+        usual = not launch.constants.get("DROPOUT", False)
+        if target in ("sm_80", "sm_90") and usual and not floats and kernel.local:
+            return f"{kernel.local} bytes of local memory"
+    return ""
+
+
+def test_compiles_for_every_target() -> None:
+    aot.assert_every_kernel_compiles("onepass.ops.attention.triton", _launch, _fault)
