@@ -52,6 +52,7 @@ struct Python {
   Object *forward_ad, *current_level;                    // a module and the name of its attribute, -1 when unused
   Object *grad_enabled, *requires_grad, *is_negative;    // a function, an attribute's name, a method of tensors
   Object *num_threads, *cuda_device, *cuda_stream;       // functions; the last one takes the device's index
+  Object* allows_tf32;                                   // a function; kernels are chosen by it
   Object *to_handles, *to_tensors;                       // PyTorch's: a list of tensors to handles, and back
   // The same sooner, where replay.py has found that it works: where a tensor's object holds what a handle points to
   // (0: unknown), and the function that makes an object for a handle (null: unknown).
@@ -328,6 +329,8 @@ Object* replay(Calls& calls, Object* const* arguments, intptr_t count) {
     for (int64_t j = 0; j < i; j++)
       if (data[j] == data[i]) key.add('='), key.add(j);  // a plan could not tell them apart
   }
+  const Owned tf32(py.call_no_args(py.allows_tf32));
+  key.add(tf32.object == py.yes);
   if (device_type == TORCH_CPU) {
     const Owned threads(py.call_no_args(py.num_threads));
     key.add(py.as_int(threads.object));

@@ -46,7 +46,7 @@ def test_a_replay_gives_the_bits_of_the_ordinary_way(
         expected = run(case, inputs, return_lse=True)
     for _ in range(SEEN + 1):
         outputs = run(case, inputs, return_lse=True)
-    assert ordinary.count == 2, "the call was not replayed"
+    assert ordinary.count == 1 + 2, "the call was not replayed"
     for x, other in zip(outputs, expected, strict=True):
         assert torch.equal(x, other)
         assert (x.stride(), x.dtype) == (other.stride(), other.dtype)
@@ -94,6 +94,23 @@ def test_another_backend_is_another_call(monkeypatch: pytest.MonkeyPatch) -> Non
     with onepass.use_backend("reference"):
         onepass.attention(q, q, q)
     assert ordinary.count == 2
+
+
+def test_another_precision_of_products_is_another_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs kernels are chosen by it."""
+    q = torch.zeros(1, 3, 2, 16)
+    for _ in range(SEEN):
+        onepass.attention(q, q, q)
+    ordinary = Ordinary(registration.attended, monkeypatch)
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = not before
+        onepass.attention(q, q, q)
+        assert ordinary.count == 1
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    onepass.attention(q, q, q)
+    assert ordinary.count == 1
 
 
 def test_handles_do_not_leak() -> None:

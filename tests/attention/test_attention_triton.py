@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from onepass.core import env
+from onepass.core import device, env
 from onepass.testing import aot
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -64,14 +64,15 @@ def _attend(head_dim: int, head_dim_v: int, dtype: torch.dtype, features: dict[s
     bwd.backward(out, lse if features is _EVERYTHING else None, q, k, v, out, lse, *options, *needs)
 
 
-def _decode(head_dim: int, dtype: torch.dtype, paged: bool) -> None:
+def _decode(head_dim: int, paged: bool, stored: torch.dtype = torch.bfloat16) -> None:
     from onepass.ops.attention.triton import decode
 
-    q = torch.empty(1, 1, 4, head_dim, dtype=dtype)
+    q = torch.empty(1, 1, 4, head_dim, dtype=torch.bfloat16)
     shape = (8, 16, 2, head_dim) if paged else (1, 128, 2, head_dim)
-    cache, lengths = torch.empty(shape, dtype=dtype), torch.full((1,), 100, dtype=torch.int32)
+    descale = None if stored is torch.bfloat16 else torch.empty(2)
+    cache, lengths = torch.empty(shape, dtype=stored), torch.full((1,), 100, dtype=torch.int32)
     table = torch.zeros(1, 8, dtype=torch.int32) if paged else None
-    decode.decode(q, cache, cache, lengths, table, None, None, None, None, 0.1, -1, 0, 0.0, 2, True)
+    decode.decode(q, cache, cache, lengths, table, None, None, descale, descale, 0.1, -1, 0, 0.0, 2, True)
 
 
 def _launch() -> None:
@@ -83,7 +84,10 @@ def _launch() -> None:
     _attend(40, 40, torch.float16, _EVERYTHING)
     _attend(64, 64, torch.float32, _CAUSAL)
     for paged in (False, True):
-        _decode(128, torch.bfloat16, paged)
+        _decode(128, paged)
+    _decode(64, True, torch.int8)
+    if device.arch(torch.empty(0)) in ("sm_90", "gfx950"):
+        _decode(64, False, torch.float8_e4m3fn)
     outs, lses = torch.empty(2, 1, 8, 4, 64), torch.empty(2, 1, 4, 8)
     out, lse = merge.merge(outs, lses)
     merge.merge_backward(out, lse, outs, lses, out, lse)

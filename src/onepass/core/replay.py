@@ -89,6 +89,7 @@ def _bind() -> ctypes.PyDLL | None:
         Tensor.is_neg,
         torch.get_num_threads,
         *torch_compat.CUDA_STATE,
+        torch_compat.ALLOWS_TF32,
         torch_compat.tensor_handles,
         torch_compat.take_tensors,
     ]
@@ -164,8 +165,8 @@ class PlainCalls:
 
     def __call__(self, *call: Any) -> Any:
         if not is_dynamo_compiling():  # what else compiles has a mode, which C sees
-            found = self._replay(*call)
-            if found is not None and not _paused:
+            found = None if _paused else self._replay(*call)
+            if found is not None:
                 return self._watched(found, call) if type(found) is int else found
             if torch_compat.below_dispatcher(*[x for x in call if isinstance(x, Tensor)]):
                 return self._plain(*call)

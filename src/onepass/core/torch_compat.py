@@ -73,6 +73,7 @@ QUIET_WHEN_PLAIN = (
 FORWARD_LEVEL = (forward_ad, "_current_level")  # -1 while there are no forward-mode tangents
 # The current device, and the current stream of a device.
 CUDA_STATE = (getattr(torch._C, "_cuda_getDevice", None), getattr(torch._C, "_cuda_getCurrentRawStream", None))
+ALLOWS_TF32 = torch._C._get_cublas_allow_tf32  # torch.backends.cuda.matmul.allow_tf32, without its property
 DTYPE_NUMBERS = {  # c10::ScalarType
     torch.uint8: 0,
     torch.int8: 1,

@@ -172,6 +172,14 @@ class AttentionCase:
         return able
 
 
+def _quantized(cache: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The cache in int8 or fp8, and its scales (batch, nheads_kv)."""
+    largest = 127.0 if dtype is torch.int8 else torch.finfo(dtype).max
+    descale = cache.float().abs().amax((1, 3)).clamp(min=1e-6) / largest
+    scaled = cache.float() / descale[:, None, :, None]
+    return (scaled.round() if dtype is torch.int8 else scaled).to(dtype), descale
+
+
 @dataclass(frozen=True)
 class DecodeCase:
     """One problem of `attention_decode`. What lies past cache_seqlens, and every unused page, holds NaN."""
@@ -193,6 +201,7 @@ class DecodeCase:
     page_size: int | None = None
     num_splits: int | None = None
     heads_first: bool = False  # caches as views of (batch, nheads_kv, capacity, head_dim)
+    cache_dtype: torch.dtype | None = None  # of quantised caches
 
     def inputs(self, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor]:
         batch = 2 if self.lengths is None else len(self.lengths)
@@ -204,8 +213,12 @@ class DecodeCase:
                 )
             else:
                 cache = normal((batch, self.capacity, self.nheads_kv, features), dtype, device, generator)
+            unused: float = torch.nan
+            if self.cache_dtype is not None:
+                cache, found[f"{name[0]}_descale"] = _quantized(cache, self.cache_dtype)
+                unused = torch.nan if cache.is_floating_point() else 77
             for index, length in enumerate(self.lengths or ()):
-                cache[index, length:] = torch.nan
+                cache[index, length:] = unused
             found[name] = cache
         if self.lengths is not None:
             found["cache_seqlens"] = torch.tensor(self.lengths, dtype=torch.int32, device=device)
@@ -225,14 +238,16 @@ class DecodeCase:
         order = torch.randperm(2 * batch * per_row, generator=generator)[: batch * per_row].view(batch, per_row)
         for name in ("k_cache", "v_cache"):
             cache = found[name]
-            pages = cache.new_full((2 * batch * per_row, size, *cache.shape[2:]), torch.nan)
+            unused = torch.nan if cache.is_floating_point() else 77
+            pages = torch.empty((2 * batch * per_row, size, *cache.shape[2:]), dtype=cache.dtype, device=cache.device)
+            pages.fill_(unused)
             pages[order.to(cache.device)] = cache.unflatten(1, (per_row, size))
             found[name] = pages
         used = torch.arange(per_row) * size < found["cache_seqlens"].cpu().unsqueeze(1)
         found["page_table"] = torch.where(used, order, -1).to(found["q"].device, torch.int32)
 
     def options(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-        named = ("cache_seqlens", "page_table", "alibi_slopes", "attn_sink")
+        named = ("cache_seqlens", "page_table", "alibi_slopes", "attn_sink", "k_descale", "v_descale")
         return {
             "causal": self.causal,
             "window_size": self.window_size,
@@ -376,6 +391,9 @@ CASES: list[AttentionCase | DecodeCase | MergeCase] = [
     DecodeCase("decode, head_dim 40, head_dim_v 72", head_dim=40, head_dim_v=72, heads_first=True),
     DecodeCase("decode, softcap, alibi, sink", softcap=3.0, alibi=True, sink=True),
     DecodeCase("decode, pages", page_size=8, lengths=(40, 7, 0)),
+    DecodeCase("decode, int8", cache_dtype=torch.int8, seqlen_q=2),
+    DecodeCase("decode, float8_e4m3fn", cache_dtype=torch.float8_e4m3fn, num_splits=2),
+    DecodeCase("decode, float8_e5m2, pages", cache_dtype=torch.float8_e5m2, page_size=4, window_size=(20, -1)),
     MergeCase("merge"),
     MergeCase("merge, packed", sizes=(9, 4, 24)),
     MergeCase("merge of one", parts=1, empty=False),

@@ -4,7 +4,7 @@ import torch
 
 from onepass.core import cpu_library, triton_backend
 from onepass.core.registry import Kernel, KernelTable, SupportTable
-from onepass.ops.attention.spec import AttentionSpec, MergeSpec
+from onepass.ops.attention.spec import QUANTIZED_DTYPES, AttentionSpec, MergeSpec
 
 _CPU = "onepass.ops.attention.cpu"
 _REFERENCE = "onepass.ops.attention.reference"
@@ -50,7 +50,21 @@ def _cpu_merge_unsupported(spec: MergeSpec) -> list[str]:
 
 def _triton_unsupported(spec: AttentionSpec) -> list[str]:
     reasons = triton_backend.unsupported_arch(spec.arch) + _dtype_unsupported(spec.dtype) + _sizes_unsupported(spec)
-    return reasons + (["no k_descale and v_descale yet"] if spec.quantized else [])
+    return reasons + [reason for dtype in spec.cache_dtypes for reason in _triton_cache_unsupported(spec.arch, dtype)]
+
+
+def _triton_cache_unsupported(arch: str, dtype: torch.dtype) -> list[str]:
+    """What Triton can load of the formats of quantised caches."""
+    if dtype is torch.int8 or not dtype.is_floating_point or dtype.itemsize > 1:
+        return []
+    name = f"caches of {_name(dtype)}"
+    if dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz):
+        return [] if arch == "gfx942" else [f"{name}: gfx942 only"]
+    if arch == "gfx942":
+        return [f"{name}: not on gfx942, which has the fnuz formats"]
+    if dtype is torch.float8_e4m3fn and arch.startswith("sm_") and int(arch[3:]) < 89:
+        return [f"{name}: sm_89 and newer only"]
+    return []
 
 
 def _triton_merge_unsupported(spec: MergeSpec) -> list[str]:
@@ -139,7 +153,11 @@ def _decode_features() -> dict[str, AttentionSpec]:
     left_out = ("key_mask", "attn_bias", "dropout_p", "deterministic", "causal, top_left")
     plain = features["float32"]
     kept = {name.replace(", bottom_right", ""): spec for name, spec in features.items() if name not in left_out}
-    return kept | {"page_table": plain._replace(paged=True), "k_descale, v_descale": plain._replace(quantized=True)}
+    formats = {
+        f"caches of {_name(dtype)}": plain._replace(quantized=True, cache_dtypes=(dtype, dtype))
+        for dtype in QUANTIZED_DTYPES
+    }
+    return kept | {"page_table": plain._replace(paged=True)} | formats
 
 
 def _merge_features() -> dict[str, MergeSpec]:

@@ -140,6 +140,7 @@ def _differentiate_merge(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tu
 # The operations.
 
 _NO_VMAP = "make the mapped dimension part of batch, x.movedim(dim, 0).flatten(0, 1)"
+_NO_VMAP_OF_PARTS = "make the mapped dimension part of batch, the second one: x.movedim(dim, 1).flatten(1, 2)"
 
 backward = Operation(
     f"attention_bwd(Tensor do, Tensor? dlse, {_OPTIONS.format(more='Tensor out, Tensor lse, ')}, bool need_dq, "
@@ -180,7 +181,7 @@ merge_backward = Operation(
     facts=_merge_backward_facts,
     fake=_merge_backward_fake,
     public="merge_attention",
-    vmap_advice=_NO_VMAP,
+    vmap_advice=_NO_VMAP_OF_PARTS,
 )
 merge = Operation(
     "merge_attention(Tensor outs, Tensor lses, str backend) -> (Tensor out, Tensor lse)",
@@ -190,7 +191,7 @@ merge = Operation(
     public="merge_attention",
     save=_save_merge,
     differentiate=_differentiate_merge,
-    vmap_advice=_NO_VMAP,
+    vmap_advice=_NO_VMAP_OF_PARTS,
 )
 
 

@@ -49,6 +49,7 @@ class AttentionSpec(NamedTuple):
     need_dkv: bool = False
     need_dbias: bool = False
     need_dsink: bool = False
+    cache_dtypes: tuple[torch.dtype, ...] = ()  # of quantised caches
 
 
 class MergeSpec(NamedTuple):
@@ -314,6 +315,7 @@ def decode_facts(
         False,
         False,
         False,
+        tuple([cache.dtype for cache in (k_cache, v_cache) if cache.dtype is not q.dtype]) if quantized else (),
     )
 
 

@@ -5,7 +5,7 @@
     ds = p * (do v^T - delta),  dq = ds k * softmax_scale,  dk = ds^T q * softmax_scale
 
 One kernel makes delta, one holds keys and walks queries for dk and dv, one holds queries and walks keys for dq, and one
-holds a tile of the bias and walks what was broadcast along it for dbias. Each computes the scores again.
+(bwd_bias.py) holds a tile of the bias and walks what was broadcast along it for dbias. Each computes the scores again.
 """
 
 from __future__ import annotations
@@ -18,14 +18,23 @@ import triton.language as tl
 from torch import Tensor
 
 from onepass.core.triton_backend import Launcher
+from onepass.ops.attention.triton import bwd_bias
 from onepass.ops.attention.triton.config import (
     BackwardConfig,
     backward_bias_config,
     backward_keys_config,
     backward_queries_config,
 )
-from onepass.ops.attention.triton.problem import BY_POINTERS, Problem, block_of, walked
-from onepass.ops.attention.triton.tile import LOG2_E, adjusted_scores, kept, load_tile, seen_range, visible, walked_tile
+from onepass.ops.attention.triton.problem import BY_POINTERS, Held, Problem, block_of, tensors_of, walked
+from onepass.ops.attention.triton.tile import (
+    LOG2_E,
+    kept,
+    load_tile,
+    seen_range,
+    visible,
+    walked_tile,
+    weights,
+)
 
 
 @triton.jit
@@ -60,24 +69,6 @@ def _delta_kernel(
         sink = tl.load(sink_ptr + head).to(tl.float32)
         weight = tl.where(empty, 0.0, tl.exp(sink - lse))
         tl.store(sink_part_ptr + at, -weight * delta, mask=there)
-
-
-@triton.jit
-def _weights(
-    s, row, col, seen, lse2, shift, window_left, window_right, scale, softcap, slope, bias,
-    EDGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    BIAS: tl.constexpr, KEY_MASK: tl.constexpr,
-):  # fmt: skip
-    """(p, the slope of softcap) of products s = q k^T; row, col, lse2 and seen broadcast to its shape."""
-    s, cap_slope = adjusted_scores(s, row, col, shift, scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS)
-    p = tl.exp2(s - lse2)
-    if EDGE and (LEFT or RIGHT):
-        p = tl.where(visible(row, col, shift, window_left, window_right, LEFT, RIGHT), p, 0.0)
-    if KEY_MASK:
-        p = tl.where(seen, p, 0.0)
-    if BIAS:  # lse2 may be -inf - -inf
-        p = tl.where(s == -float("inf"), 0.0, p)
-    return p, cap_slope
 
 
 @triton.jit
@@ -127,7 +118,7 @@ def _walk_queries(
         else:
             lse2 = tl.load(lse2_ptrs + first, mask=there, other=float("inf"))
             delta = tl.load(delta_ptrs + first, mask=there, other=0.0)
-        p, cap_slope = _weights(
+        p, cap_slope = weights(
             s, row[None, :], col[:, None], seen, lse2[None, :], shift, window_left, window_right, scale, softcap,
             slope, bias, False, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
         )  # fmt: skip
@@ -272,7 +263,7 @@ def _walk_keys(
             key_seen = tl.load(key_mask_ptrs + ahead * stride_mk, mask=there, other=0) != 0
             seen = key_seen[None, :]
             k = tl.where(key_seen[:, None], k, 0.0)
-        p, cap_slope = _weights(
+        p, cap_slope = weights(
             s, row[:, None], col[None, :], seen, lse2[:, None], shift, window_left, window_right, scale, softcap,
             slope, bias, EDGE, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
         )  # fmt: skip
@@ -389,125 +380,9 @@ def _queries_bwd_kernel(
     )
 
 
-@triton.jit
-def _bias_bwd_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dbias_ptr,
-    stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
-    stride_vb, stride_vs, stride_vh, stride_vd, stride_db, stride_ds, stride_dh, stride_dd,
-    batch_size, seqlen_q, seqlen_k, nheads_q,
-    bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
-    stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
-    shift, window_left, window_right, scale, softcap, threshold, kept_scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    PER_BATCH: tl.constexpr, PER_HEAD: tl.constexpr, PER_QUERY: tl.constexpr, PER_KEY: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """A tile of dbias: the sum over all batches, heads, queries and keys that share it (those without PER_)."""
-    blocks_m = tl.cdiv(seqlen_q, BLOCK_M)
-    blocks_n = tl.cdiv(seqlen_k, BLOCK_N)
-    rest = tl.program_id(0)
-    first_block_n, last_block_n = 0, blocks_n
-    if PER_KEY:
-        first_block_n = rest % blocks_n
-        last_block_n = first_block_n + 1
-        rest = rest // blocks_n
-    first_block_m, last_block_m = 0, blocks_m
-    if PER_QUERY:
-        first_block_m = rest % blocks_m
-        last_block_m = first_block_m + 1
-        rest = rest // blocks_m
-    first_head, last_head = 0, nheads_q
-    if PER_HEAD:
-        first_head = rest % nheads_q
-        last_head = first_head + 1
-        rest = rest // nheads_q
-    first_batch, last_batch = 0, batch_size
-    if PER_BATCH:
-        first_batch = rest
-        last_batch = rest + 1
-    feature = tl.arange(0, BLOCK_D)
-    feature_v = tl.arange(0, BLOCK_DV)
-    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for batch_32 in range(first_batch, last_batch):
-        for head_32 in range(first_head, last_head):
-            batch = tl.cast(batch_32, tl.int64)
-            head = tl.cast(head_32, tl.int64)
-            sheet = batch * nheads_q + head
-            kv_head = head // GROUP
-            slope = 0.0
-            if ALIBI:
-                slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah) * LOG2_E
-            for block_m in range(first_block_m, last_block_m):
-                row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-                row_there = row < seqlen_q
-                row_read = tl.minimum(row, seqlen_q - 1).to(tl.int64)
-                q = load_tile(
-                    q_ptr + batch * stride_qb + head * stride_qh
-                    + row_read[:, None] * stride_qs + feature[None, :].to(tl.int64) * stride_qd,
-                    row_there[:, None], feature[None, :] < HEAD_DIM, False, HEAD_DIM != BLOCK_D,
-                )  # fmt: skip
-                do = load_tile(
-                    do_ptr + batch * stride_db + head * stride_dh
-                    + row_read[:, None] * stride_ds + feature_v[None, :].to(tl.int64) * stride_dd,
-                    row_there[:, None], feature_v[None, :] < HEAD_DIM_V, False, HEAD_DIM_V != BLOCK_DV,
-                )  # fmt: skip
-                lse2 = tl.load(lse2_ptr + sheet * seqlen_q + row, mask=row_there, other=float("inf"))
-                delta = tl.load(delta_ptr + sheet * seqlen_q + row_read)
-                for block_n in range(first_block_n, last_block_n):
-                    first_col = block_n * BLOCK_N
-                    col = first_col + tl.arange(0, BLOCK_N)
-                    col_there = col < seqlen_k
-                    col_read = tl.minimum(col, seqlen_k - 1).to(tl.int64)
-                    k = load_tile(
-                        k_ptr + batch * stride_kb + kv_head * stride_kh
-                        + col_read[None, :] * stride_ks + feature[:, None].to(tl.int64) * stride_kd,
-                        col_there[None, :], feature[:, None] < HEAD_DIM, False, HEAD_DIM != BLOCK_D,
-                    )  # fmt: skip
-                    v = load_tile(
-                        v_ptr + batch * stride_vb + kv_head * stride_vh
-                        + col_read[None, :] * stride_vs + feature_v[:, None].to(tl.int64) * stride_vd,
-                        col_there[None, :], feature_v[:, None] < HEAD_DIM_V, False, HEAD_DIM_V != BLOCK_DV,
-                    )  # fmt: skip
-                    bias_ptrs = bias_ptr + batch * stride_bb + head * stride_bh
-                    bias = tl.load(bias_ptrs + row_read[:, None] * stride_bq + col_read[None, :] * stride_bk)
-                    seen = col_there[None, :]
-                    if KEY_MASK:
-                        key_seen = tl.load(key_mask_ptr + batch * stride_mb + col_read * stride_mk) != 0
-                        seen = seen & key_seen[None, :]
-                    s = tl.dot(q, k, input_precision=PRECISION)
-                    p, _ = _weights(
-                        s, row[:, None], col[None, :], seen, lse2[:, None], shift, window_left, window_right, scale,
-                        softcap, slope, bias, True, LEFT, RIGHT, SOFTCAP, ALIBI, True, True,
-                    )  # fmt: skip
-                    dp = tl.dot(do, v, input_precision=PRECISION)
-                    if DROPOUT:
-                        keep = kept(rng_ptr, threshold, sheet, row, first_col, BLOCK_M, BLOCK_N, False)
-                        dp = tl.where(keep, dp * kept_scale, 0.0)
-                    tile += tl.where(p == 0.0, 0.0, p * (dp - delta[:, None]))
-    row = first_block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = first_block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    sheet = (first_batch * (nheads_q if PER_HEAD else 1) + first_head) * tl.full((), 1, tl.int64)
-    rows = seqlen_q if PER_QUERY else 1
-    cols = seqlen_k if PER_KEY else 1
-    dbias_ptrs = dbias_ptr + sheet * rows * cols
-    if PER_QUERY and PER_KEY:
-        at = row[:, None].to(tl.int64) * cols + col[None, :]
-        mask = (row < seqlen_q)[:, None] & (col < seqlen_k)[None, :]
-        tl.store(dbias_ptrs + at, tile.to(dbias_ptr.dtype.element_ty), mask=mask)
-    elif PER_KEY:
-        tl.store(dbias_ptrs + col, tl.sum(tile, 0).to(dbias_ptr.dtype.element_ty), mask=col < seqlen_k)
-    elif PER_QUERY:
-        tl.store(dbias_ptrs + row, tl.sum(tile, 1).to(dbias_ptr.dtype.element_ty), mask=row < seqlen_q)
-    else:
-        tl.store(dbias_ptrs, tl.sum(tl.sum(tile, 1), 0).to(dbias_ptr.dtype.element_ty))
-
-
 _delta = Launcher(_delta_kernel)
 _keys_bwd = Launcher(_keys_bwd_kernel)
 _queries_bwd = Launcher(_queries_bwd_kernel)
-_bias_bwd = Launcher(_bias_bwd_kernel)
 
 
 def backward(
@@ -536,7 +411,7 @@ def backward(
     if dq.numel():
         _launch_queries(problem, held, dq, backward_queries_config(problem))
     if need_dbias and dbias.numel() and q.numel() and k.numel():
-        _launch_bias(problem, held, dbias, backward_bias_config(problem))
+        bwd_bias.run(problem, held, dbias, backward_bias_config(problem))
     if sink_part is not None and q.numel():
         dsink = sink_part.sum((0, 2)).to(dsink.dtype)
     return dq, dk, dv, dbias, dsink
@@ -574,15 +449,6 @@ def _delta_of(
     return delta, lse2, sink_part
 
 
-Held = tuple[Tensor, Tensor, Tensor]  # do, lse in log2 units, delta
-
-
-def _tensors(problem: Problem, held: Held, *outputs: Any) -> tuple[Any, ...]:
-    do, lse2, delta = held
-    q, k, v = problem.q, problem.k, problem.v
-    return q, k, v, do, lse2, delta, *outputs, *q.stride(), *k.stride(), *v.stride(), *do.stride()
-
-
 def _walked(config: BackwardConfig, fits: bool, *tensors: tuple[Tensor, int]) -> tuple[bool, list[Any]]:
     """Whether tensors go by TMA, all or none, and the kernel's arguments for that."""
     found = [walked(x, block) for x, block in tensors]
@@ -599,7 +465,7 @@ def _launch_keys(problem: Problem, held: Held, dk: Tensor, dv: Tensor, config: B
         (batch * nheads_kv * triton.cdiv(seqlen_k, config.block_n), 1, 1),
         problem.q.device,
         (
-            *_tensors(problem, held, *descriptors, dk, dv),
+            *tensors_of(problem, held, *descriptors, dk, dv),
             seqlen_q, seqlen_k, nheads_q, problem.softmax_scale, *problem.options(),
         ),
         problem.constants()
@@ -616,29 +482,10 @@ def _launch_queries(problem: Problem, held: Held, dq: Tensor, config: BackwardCo
         (batch * nheads_q * triton.cdiv(seqlen_q, config.block_m), 1, 1),
         problem.q.device,
         (
-            *_tensors(problem, held, *descriptors, dq),
+            *tensors_of(problem, held, *descriptors, dq),
             seqlen_q, seqlen_k, nheads_q, problem.softmax_scale, *problem.options(),
         ),
         problem.constants()
         | {"TMA": tma, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.num_stages},
         num_warps=config.num_warps,
     )  # fmt: skip
-
-
-def _launch_bias(problem: Problem, held: Held, dbias: Tensor, config: BackwardConfig) -> None:
-    batch, seqlen_q, nheads_q, _ = problem.q.shape
-    seqlen_k = problem.k.shape[1]
-    sizes = batch, nheads_q, triton.cdiv(seqlen_q, config.block_m), triton.cdiv(seqlen_k, config.block_n)
-    own = [size > 1 for size in dbias.shape]
-    programs = 1
-    for size, apart in zip(sizes, own, strict=True):
-        programs *= size if apart else 1
-    _bias_bwd.launch(
-        (programs, 1, 1),
-        problem.q.device,
-        (*_tensors(problem, held, dbias), batch, seqlen_q, seqlen_k, nheads_q, *problem.options()),
-        problem.constants()
-        | dict(zip(("PER_BATCH", "PER_HEAD", "PER_QUERY", "PER_KEY"), own, strict=True))
-        | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
-        num_warps=config.num_warps,
-    )

@@ -45,19 +45,18 @@ def _attend(
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         key = first + lane
         there = key < length
-        if PAGED:  # a page that does not exist is not read: NaN shows it
+        if PAGED:
             page, place, exists = _pages(page_table_ptrs, key, there, page_size, pages)
             read = there & exists
-            nothing = tl.where(exists, 0.0, float("nan"))
             k = tl.load(
                 k_ptrs + (page * stride_kb + place * stride_ks)[None, :],
                 mask=read[None, :] & (feature[:, None] < HEAD_DIM),
-                other=nothing[None, :].to(k_ptrs.dtype.element_ty),
+                other=0.0,
             )
             v = tl.load(
                 v_ptrs + (page * stride_vb + place * stride_vs)[:, None],
                 mask=read[:, None] & (feature_v[None, :] < HEAD_DIM_V),
-                other=nothing[:, None].to(v_ptrs.dtype.element_ty),
+                other=0.0,
             )
         else:
             k = load_tile(
@@ -70,6 +69,8 @@ def _attend(
             )  # fmt: skip
         s = tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
         s, _ = adjusted_scores(s, row[:, None], key[None, :], shift, scale, softcap, slope, 0.0, SOFTCAP, ALIBI, False)
+        if PAGED:  # a page that does not exist is not read, and shows as NaN
+            s = tl.where((there & ~exists)[None, :], float("nan"), s)
         if EDGE:
             seen = there[None, :]
             if LEFT or RIGHT:

@@ -152,3 +152,13 @@ def walked(x: Tensor, block: int) -> Walked:
 def _broadcast_strides(bias: Tensor) -> list[int]:
     """Strides of the bias as (batch, nheads_q, seqlen_q, seqlen_k): 0 along dimensions that are broadcast."""
     return [0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)]
+
+
+Held = tuple[Tensor, Tensor, Tensor]  # do, lse in log2 units, delta
+
+
+def tensors_of(problem: Problem, held: Held, *outputs: Any) -> tuple[Any, ...]:
+    """The tensors of a kernel of the backward, then the strides of those that have any."""
+    do, lse2, delta = held
+    q, k, v = problem.q, problem.k, problem.v
+    return q, k, v, do, lse2, delta, *outputs, *q.stride(), *k.stride(), *v.stride(), *do.stride()

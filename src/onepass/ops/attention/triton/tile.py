@@ -124,3 +124,21 @@ def kept(rng_ptr, threshold, sheet, row, first_col, ROWS: tl.constexpr, COLS: tl
     if TRANSPOSED:
         keep = tl.trans(keep)
     return keep
+
+
+@triton.jit
+def weights(
+    s, row, col, seen, lse2, shift, window_left, window_right, scale, softcap, slope, bias,
+    EDGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    BIAS: tl.constexpr, KEY_MASK: tl.constexpr,
+):  # fmt: skip
+    """(p, the slope of softcap) of products s = q k^T; row, col, lse2 and seen broadcast to its shape."""
+    s, cap_slope = adjusted_scores(s, row, col, shift, scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS)
+    p = tl.exp2(s - lse2)
+    if EDGE and (LEFT or RIGHT):
+        p = tl.where(visible(row, col, shift, window_left, window_right, LEFT, RIGHT), p, 0.0)
+    if KEY_MASK:
+        p = tl.where(seen, p, 0.0)
+    if BIAS:  # lse2 may be -inf - -inf
+        p = tl.where(s == -float("inf"), 0.0, p)
+    return p, cap_slope
