@@ -145,19 +145,20 @@ class AttentionCase:
         one_hot = one_hot.expand(self.batch, -1, self.nheads_kv, -1)
         p, lse = attention(q, k, one_hot, **self.options(used), return_lse=True, backend="reference")
         p = p.transpose(1, 2)
-        # Backward computes p again as exp(score - lse): what rounding takes from those, p loses relative to itself.
-        again = p * (1.0 + lse.abs().nan_to_num(posinf=0.0).unsqueeze(-1))
+        # p is exp(score - maximum), and in the backward exp(score - lse): what rounding takes from a score, p loses
+        # relative to itself.
+        rounded = p * (1.0 + lse.abs().nan_to_num(posinf=0.0).unsqueeze(-1))
         group = self.nheads_q // self.nheads_kv
         k, v = (x.transpose(1, 2).abs().repeat_interleave(group, 1) for x in (k, v))
         do = do.transpose(1, 2).abs()
-        ds = again * (do @ v.mT + (do * (p @ v)).sum(-1, keepdim=True) + used["dlse"].abs().unsqueeze(-1))
+        ds = rounded * (do @ v.mT + (do * (p @ v)).sum(-1, keepdim=True) + used["dlse"].abs().unsqueeze(-1))
         scale = abs(self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale)
         return {
             "lse": LSE_TERMS,
-            "out": float((p @ v).max()),
+            "out": float((rounded @ v).max()),
             "dq": scale * float((ds @ k).max()),
             "dk": scale * float((ds.mT @ q.transpose(1, 2).abs()).max()),
-            "dv": float((again.mT @ do).max()),
+            "dv": float((rounded.mT @ do).max()),
             "dattn_bias": float(ds.max()),
         }
 
