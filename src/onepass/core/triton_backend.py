@@ -57,13 +57,17 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """The most bytes of shared memory that a program on a GPU may have."""
-    import triton
+# Bytes of shared memory that a program may have, where that is not the least of its kind.
+_SHARED_MEMORY = {"sm_80": 166912, "sm_87": 166912, "gfx950": 163840}
 
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return int(properties["max_shared_mem"])
+
+def shared_memory(arch: str) -> int:
+    """The most bytes of shared memory that a program on an architecture may have."""
+    if arch in _SHARED_MEMORY:
+        return _SHARED_MEMORY[arch]
+    if arch.startswith("sm_"):
+        return 232448 if 90 <= int(arch[3:]) < 120 else 101376
+    return 65536
 
 
 def has_tma(arch: str) -> bool:

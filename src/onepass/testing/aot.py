@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from onepass.core import device, env
-from onepass.core.triton_backend import Launcher
+from onepass.core.triton_backend import Launcher, shared_memory
 
 # (backend, architecture, threads in a warp) as Triton names them.
 TARGETS: Mapping[str, tuple[str, int | str, int]] = {
@@ -37,15 +37,6 @@ TARGETS: Mapping[str, tuple[str, int | str, int]] = {
     "sm_120": ("cuda", 120, 32),
     "gfx942": ("hip", "gfx942", 64),
     "gfx950": ("hip", "gfx950", 64),
-}
-# Bytes of shared memory that a program may have.
-SHARED_LIMITS: Mapping[str, int] = {
-    "sm_80": 166912,
-    "sm_90": 232448,
-    "sm_100": 232448,
-    "sm_120": 101376,
-    "gfx942": 65536,
-    "gfx950": 163840,
 }
 _POINTERS = {
     torch.float32: "*fp32",
@@ -240,8 +231,8 @@ def _failure(place: int) -> str:
         return f"{target}: {launch}: {type(error).__name__}: {error}"
     if launch.name not in kernel.text:
         return f"{target}: {launch}: its name is not in the assembly"
-    if kernel.shared > SHARED_LIMITS[target]:
-        return f"{target}: {launch}: {kernel.shared} bytes of shared memory, {SHARED_LIMITS[target]} are there"
+    if kernel.shared > shared_memory(target):
+        return f"{target}: {launch}: {kernel.shared} bytes of shared memory, {shared_memory(target)} are there"
     wrong = _fault[0](launch, target, kernel)
     return wrong and f"{target}: {launch}: {wrong}"
 

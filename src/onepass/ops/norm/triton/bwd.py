@@ -12,13 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from onepass.core import device
 from onepass.core.rows import as_row, as_rows
-from onepass.core.triton_backend import Launcher, interpreted, multiprocessors
+from onepass.core.triton_backend import Launcher, interpreted, multiprocessors, shared_memory
 from onepass.core.triton_functions import collect, load, start_exchange, store, tell, ticket
 from onepass.ops.norm.triton.config import (
     BACKWARD_WIDE,
     BACKWARD_WIDE_PROGRAMS_PER_SM,
     LARGEST_TILE,
+    RowsConfig,
     backward_rows,
     partials_block,
 )
@@ -220,7 +222,7 @@ def backward(
         cut = {
             "BLOCK_ROWS": config.block_rows,
             "BLOCK_COLS": config.block_cols,
-            "STAGES": config.stages,
+            "STAGES": _stages(config, x_rows, dy_rows, dresidual_rows),
             "EVEN": rows % config.block_rows == 0 and columns == config.block_cols,
         }
         num_warps, more = config.num_warps, []
@@ -245,6 +247,14 @@ def backward(
     if need_dweight or need_dbias:
         _add(parts, dweight, dbias, partials, columns, need_dweight, need_dbias)
     return dx, dweight, dbias
+
+
+def _stages(config: RowsConfig, x: Tensor, dy: Tensor, dresidual: Tensor | None) -> int:
+    """As many of the configuration's as shared memory holds, a tile of each tensor for every stage but the first."""
+    tile = config.block_rows * config.block_cols * (x.itemsize + dy.itemsize)
+    if dresidual is not None:
+        tile += config.block_rows * config.block_cols * dresidual.itemsize
+    return max(1, min(config.stages, 1 + (shared_memory(device.arch(x)) - 1024) // tile))
 
 
 def _add(

@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from onepass.core import device
 from onepass.core.gluon_functions import async_load, commit_group, exp, wait_group
 from onepass.core.triton_backend import Launcher, aligned, multiprocessors, shared_memory
 from onepass.ops.softmax.triton.config import RING, VECTOR_BYTES
@@ -94,7 +95,7 @@ def takes(x: Tensor) -> bool:
         and x.shape[1] * x.itemsize <= RING.most_bytes
         and x.stride(0) % 16 == 0
         and aligned(x.data_ptr())
-        and shared_memory(x.device) >= RING.stage_bytes * RING.stages
+        and shared_memory(device.arch(x)) >= RING.stage_bytes * RING.stages
     )
 
 
