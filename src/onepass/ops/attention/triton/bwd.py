@@ -347,31 +347,18 @@ def _queries_bwd_kernel(
         first_row, last_row, window_left - shift, window_right + shift, seqlen_k, LEFT, RIGHT, BLOCK_N
     )
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if LEFT:
+    # Before the inner blocks (only a window has such), those, and after them.
+    for part in tl.static_range(0 if LEFT else 1, 3):
+        first = start if part == 0 else inner_start if part == 1 else inner_end
+        last = inner_start if part == 0 else inner_end if part == 1 else end
         dq = _walk_keys(
             dq, q, do, lse2, delta, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
             key_mask_ptrs, rng_ptr,
-            start, inner_start, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
+            first, last, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
             slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
-            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT,
+            part != 1, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT,
             PRECISION, TMA, BLOCK_M, BLOCK_N, STAGES,
         )  # fmt: skip
-    dq = _walk_keys(
-        dq, q, do, lse2, delta, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
-        key_mask_ptrs, rng_ptr,
-        inner_start, inner_end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
-        slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
-        False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT,
-        PRECISION, TMA, BLOCK_M, BLOCK_N, STAGES,
-    )  # fmt: skip
-    dq = _walk_keys(
-        dq, q, do, lse2, delta, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
-        key_mask_ptrs, rng_ptr,
-        inner_end, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
-        slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
-        True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT,
-        PRECISION, TMA, BLOCK_M, BLOCK_N, STAGES,
-    )  # fmt: skip
     at = (batch * seqlen_q + row[:, None]) * nheads_q + head
     tl.store(
         dq_ptr + at * HEAD_DIM + feature[None, :],

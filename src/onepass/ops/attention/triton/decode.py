@@ -18,7 +18,7 @@ from onepass.core.triton_backend import Launcher, multiprocessors
 from onepass.ops.attention.spec import check_cache_contents
 from onepass.ops.attention.triton.config import DecodeConfig, decode_config
 from onepass.ops.attention.triton.problem import FAR, LOG2_E, block_of
-from onepass.ops.attention.triton.tile import LN_2, adjusted_scores, load_tile, seen_range, visible
+from onepass.ops.attention.triton.tile import LN_2, adjusted_scores, load_tile, seen_range, visible, with_sink
 from onepass.ops.attention.triton.tile import LOG2_E as LOG2_E_IN_KERNELS
 
 
@@ -154,36 +154,19 @@ def _decode_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    if LEFT:
+    # Before the inner blocks (only a window has such), those, and after them.
+    for part in tl.static_range(0 if LEFT else 1, 3):
+        first = start if part == 0 else inner_start if part == 1 else inner_end
+        last = inner_start if part == 0 else inner_end if part == 1 else end
         acc, largest, total = _attend(
             q, acc, largest, total, k_ptrs, v_ptrs, page_table_ptrs,
-            start, inner_start, length, stride_kb, stride_ks, stride_vb, stride_vs, page_size, pages, row,
+            first, last, length, stride_kb, stride_ks, stride_vb, stride_vs, page_size, pages, row,
             slope, shift, window_left, window_right, scale, softcap,
-            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, PAGED, PRECISION, BLOCK_N,
+            part != 1, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, PAGED, PRECISION, BLOCK_N,
             STAGES,
         )  # fmt: skip
-    acc, largest, total = _attend(
-        q, acc, largest, total, k_ptrs, v_ptrs, page_table_ptrs,
-        inner_start, inner_end, length, stride_kb, stride_ks, stride_vb, stride_vs, page_size, pages, row,
-        slope, shift, window_left, window_right, scale, softcap,
-        False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, PAGED, PRECISION, BLOCK_N,
-        STAGES,
-    )  # fmt: skip
-    acc, largest, total = _attend(
-        q, acc, largest, total, k_ptrs, v_ptrs, page_table_ptrs,
-        inner_end, end, length, stride_kb, stride_ks, stride_vb, stride_vs, page_size, pages, row,
-        slope, shift, window_left, window_right, scale, softcap,
-        True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, PAGED, PRECISION, BLOCK_N,
-        STAGES,
-    )  # fmt: skip
     if SINK and not SPLIT:
-        sink = tl.load(sink_ptr + head).to(tl.float32) * LOG2_E_IN_KERNELS
-        before = largest
-        largest = tl.maximum(largest, sink)
-        top = tl.where(largest == -float("inf"), 0.0, largest)
-        correction = tl.exp2(before - top)
-        total = total * correction + tl.exp2(sink - top)
-        acc *= correction[:, None]
+        acc, largest, total = with_sink(acc, largest, total, tl.load(sink_ptr + head))
     empty = total == 0.0
     top = tl.where(largest == -float("inf"), 0.0, largest)
     out = acc / tl.where(empty, 1.0, total)[:, None]

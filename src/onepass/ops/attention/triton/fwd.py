@@ -24,6 +24,7 @@ from onepass.ops.attention.triton.tile import (
     seen_range,
     visible,
     walked_tile,
+    with_sink,
 )
 
 
@@ -153,39 +154,20 @@ def _tile(
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    if LEFT:
+    # Before the inner blocks (only a window has such), those, and after them.
+    for part in tl.static_range(0 if LEFT else 1, 3):
+        first = start if part == 0 else inner_start if part == 1 else inner_end
+        last = inner_start if part == 0 else inner_end if part == 1 else end
         acc, largest, total = _attend(
             q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
-    key_mask_ptrs, rng_ptr,
-            start, inner_start, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
+            key_mask_ptrs, rng_ptr,
+            first, last, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
             slope, shift, window_left, window_right, scale, softcap, threshold,
-            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
+            part != 1, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
             DROPOUT, PRECISION, TMA, BLOCK_M, BLOCK_N, STAGES,
         )  # fmt: skip
-    acc, largest, total = _attend(
-        q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
-    key_mask_ptrs, rng_ptr,
-        inner_start, inner_end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
-        slope, shift, window_left, window_right, scale, softcap, threshold,
-        False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
-        DROPOUT, PRECISION, TMA, BLOCK_M, BLOCK_N, STAGES,
-    )  # fmt: skip
-    acc, largest, total = _attend(
-        q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
-    key_mask_ptrs, rng_ptr,
-        inner_end, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
-        slope, shift, window_left, window_right, scale, softcap, threshold,
-        True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
-        DROPOUT, PRECISION, TMA, BLOCK_M, BLOCK_N, STAGES,
-    )  # fmt: skip
     if SINK:
-        sink = tl.load(sink_ptr + head).to(tl.float32) * LOG2_E
-        before = largest
-        largest = tl.maximum(largest, sink)
-        top = tl.where(largest == -float("inf"), 0.0, largest)
-        correction = tl.exp2(before - top)
-        total = total * correction + tl.exp2(sink - top)
-        acc = acc * correction[:, None]
+        acc, largest, total = with_sink(acc, largest, total, tl.load(sink_ptr + head))
     top = tl.where(largest == -float("inf"), 0.0, largest)
     empty = total == 0.0
     weight = 1.0 / tl.where(empty, 1.0, total)

@@ -103,6 +103,17 @@ def adjusted_scores(
 
 
 @triton.jit
+def with_sink(acc, largest, total, sink):
+    """The running output, maximum and sum of rows with one logit more, which adds no value."""
+    sink = sink.to(tl.float32) * LOG2_E
+    before = largest
+    largest = tl.maximum(largest, sink)
+    top = tl.where(largest == -float("inf"), 0.0, largest)
+    correction = tl.exp2(before - top)
+    return acc * correction[:, None], largest, total * correction + tl.exp2(sink - top)
+
+
+@triton.jit
 def kept(rng_ptr, threshold, sheet, row, first_col, ROWS: tl.constexpr, COLS: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Which weights dropout keeps, (ROWS, COLS) or its transpose; docs/conventions.md has the definition.
 
