@@ -1,5 +1,5 @@
-"""What a benchmark is made of, and where they are: every operation's folder may hold a `bench.py` that defines
-`BENCHMARK`.
+"""What a benchmark is made of, and where they are: every operation's folder may hold a `bench.py`, or a folder
+`bench`, that defines `BENCHMARK`.
 
 Those of whole models lie in `onepass.bench`, since operations know nothing of models.
 """

@@ -318,6 +318,13 @@ def set_up(contender: Contender, problem: Problem, inputs: Inputs, fixed: Consta
     return Ready(call, contender.ours)
 
 
+def refusal(error: onepass.UnsupportedError, backend: str) -> SkippedError:
+    """Ours cannot do it: the backend's own reasons, without those of the others."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    own = [line for line in lines if line.startswith(f"{backend}: ")]
+    return SkippedError("; ".join(own or lines))
+
+
 def prepare(problem: Problem, direction: str, device: str, dtype: torch.dtype, peers: tuple[str, ...]) -> Prepared:
     """Inputs, the calls of all that can run here, and their check."""
     fixed = constants(problem, device, dtype)
@@ -328,7 +335,7 @@ def prepare(problem: Problem, direction: str, device: str, dtype: torch.dtype, p
         with torch.set_grad_enabled(direction != FORWARD):
             own.call()
     except onepass.UnsupportedError as error:
-        raise SkippedError(" ".join(str(error).split())) from error
+        raise refusal(error, problems.BACKENDS[device]) from error
     ready = {us: own}
     absent: dict[str, str] = {}
     training = direction != FORWARD

@@ -16,8 +16,17 @@ from torch.nn.attention.flex_attention import flex_attention
 import onepass
 from onepass.bench import problems
 from onepass.bench.problems import first_line
-from onepass.bench.registry import Case, Group, Prepared, SkippedError
-from onepass.ops.attention.bench.contenders import CUDNN, FLASH, FLASH_4, FLEX, compiled, first, flash_4_functions
+from onepass.bench.registry import Case, Group, Prepared
+from onepass.ops.attention.bench.contenders import (
+    CUDNN,
+    FLASH,
+    FLASH_4,
+    FLEX,
+    compiled,
+    first,
+    flash_4_functions,
+    refusal,
+)
 from onepass.testing import numerics
 
 BF16 = torch.bfloat16
@@ -211,7 +220,7 @@ def prepare_cache(kind: str, size: Size, device: str) -> Prepared:
         for call in providers.values():
             call()
     except onepass.UnsupportedError as error:
-        raise SkippedError(" ".join(str(error).split())) from error
+        raise refusal(error, problems.BACKENDS[device]) from error
 
     def errors() -> dict[str, float]:
         return {name: errors_of(call, q, caches[name], size) for name, call in providers.items()}

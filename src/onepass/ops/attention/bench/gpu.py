@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -45,16 +46,12 @@ BIAS_GRADIENT = Problem(2, 8, 2048, 64, bias=True, bias_gradient=True)
 BIAS_GRADIENT_BARS = {f"ratio to {NAIVE}": 1.0, "peak_bytes": 96 * MIB}
 
 
-def causal(problem: Problem) -> Problem:
-    return Problem(problem.batch, problem.heads, problem.seqlen, problem.head_dim, causal=True)
-
-
 def plain_cases(direction: str) -> list[Case]:
     cases = []
     for problem, bars in PLAIN.items():
         own = bars[0] if direction == FORWARD else bars[1]
         peers = (FLASH, CUDNN, *((FLEX,) if TO_FLEX in own else ()), FLASH_4)
-        for masked in (problem, causal(problem)):
+        for masked in (problem, dataclasses.replace(problem, causal=True)):
             cases.append(case(masked, direction, "cuda", BF16, peers, own, quick=masked in QUICK))
     return cases
 
