@@ -1,6 +1,7 @@
 """Attention's benchmarks: what is counted, what every contender computes, on tiny sizes and without a GPU."""
 
 import dataclasses
+import inspect
 import math
 
 import pytest
@@ -283,6 +284,10 @@ def test_folded_heads_are_those_of_their_kv_head(monkeypatch):
 @pytest.mark.parametrize("size", TINY, ids=lambda size: size.name)
 def test_other_caches_hold_the_numbers(kind, size):
     torch.manual_seed(0)
+    if kind == "int4" and "k_scale_shift" not in inspect.signature(onepass.attention_decode).parameters:
+        with pytest.raises(registry.SkippedError, match="no k_scale_shift yet"):
+            decode.prepare_cache(kind, size, "cpu")
+        return
     prepared = decode.prepare_cache(kind, size, "cpu")
     assert prepared.own == {decode.CONTIGUOUS}
     errors = errors_of(prepared)
@@ -293,7 +298,21 @@ def test_other_caches_hold_the_numbers(kind, size):
     for sequence, head in ((0, 0), (size.batch - 1, size.heads_kv - 1)):
         for held, given in zip(stored.numbers(sequence, head), (k, v), strict=True):
             exact = given[sequence, :, head].double()
-            assert (held[0, :, 0] - exact).norm() < 0.05 * exact.norm()
+            assert (held[0, :, 0] - exact).norm() < 0.15 * exact.norm()
+
+
+def test_int4_rows_hold_their_numbers():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, decode.HEAD_DIM, dtype=torch.bfloat16)
+    stored, scale_shift = decode.packed_int4(x)
+    assert stored.shape == (2, 3, 4, decode.HEAD_DIM // 2)
+    assert stored.dtype is torch.uint8
+    assert scale_shift.shape == (2, 3, 4, 2)
+    numbers = decode.unpacked_int4(stored, scale_shift)
+    step = scale_shift[..., :1].double()
+    assert ((numbers - x.double()).abs() <= 0.6 * step).all()
+    exact = (stored[..., 5] & 15) * scale_shift[..., 0].double() + scale_shift[..., 1].double()
+    assert torch.equal(numbers[..., 10], exact)  # an even feature is the low nibble
 
 
 def test_bytes_of_caches():
@@ -304,8 +323,9 @@ def test_bytes_of_caches():
     assert fp8.bytes_of == {decode.CONTIGUOUS: plain.min_bytes}
     assert {case.bars["ratio to cudnn"] for case in decode.GROUPS[0].cases} == {0.97}
     assert decode.GROUPS[0].mean_bars == {"cudnn": 1.0}
+    assert cases["int4 b64 32/8 kv8192"].min_bytes == 2 * 64 * 8192 * 8 * (64 + 4)
     bars = [case.bars[f"ratio to {decode.CONTIGUOUS}"] for case in decode.GROUPS[1].cases]
-    assert bars[:8] == [0.95] * 4 + [1.7] * 4
+    assert bars == [0.95] * 4 + [1.7] * 4 + [2.5] * 4
 
 
 @pytest.mark.parametrize("decoding", [False, True], ids=["forward", "decode"])

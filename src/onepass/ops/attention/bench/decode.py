@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import onepass
 from onepass.bench import problems
 from onepass.bench.problems import first_line
-from onepass.bench.registry import Case, Group, Prepared
+from onepass.bench.registry import Case, Group, Prepared, SkippedError
 from onepass.ops.attention.bench.contenders import (
     CUDNN,
     FLASH,
@@ -117,10 +118,40 @@ def fp8(k: Tensor, v: Tensor) -> Cache:
     return Cache(stored[0], stored[1], numbers, {"k_descale": scales[0], "v_descale": scales[1]})
 
 
+def int4(k: Tensor, v: Tensor) -> Cache:
+    """Two features a byte, the even one in the low nibble; nibble * scale + shift, which are fp16 and of a row."""
+    if "k_scale_shift" not in inspect.signature(onepass.attention_decode).parameters:
+        raise SkippedError("attention_decode has no k_scale_shift yet")
+    (stored_k, scales_k), (stored_v, scales_v) = packed_int4(k), packed_int4(v)
+
+    def numbers(sequence: int, head: int) -> tuple[Tensor, Tensor]:
+        kept = ((stored_k, scales_k), (stored_v, scales_v))
+        parts = [unpacked_int4(*(x[sequence : sequence + 1, :, head : head + 1] for x in pair)) for pair in kept]
+        return parts[0], parts[1]
+
+    return Cache(stored_k, stored_v, numbers, {"k_scale_shift": scales_k, "v_scale_shift": scales_v})
+
+
+def packed_int4(x: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 (batch, seqlen, heads, d / 2), and fp16 (batch, seqlen, heads, 2)."""
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    scale_shift = torch.cat(((high - low) / 15, low), -1).half()
+    scale, shift = (part.to(x.dtype) for part in scale_shift.split(1, -1))
+    nibbles = ((x - shift) / scale).round_().clamp_(0, 15).to(torch.uint8)
+    return nibbles[..., ::2] | nibbles[..., 1::2] << 4, scale_shift
+
+
+def unpacked_int4(stored: Tensor, scale_shift: Tensor) -> Tensor:
+    """The numbers, in fp64."""
+    scale, shift = scale_shift.double().split(1, -1)
+    return torch.stack((stored & 15, stored >> 4), -1).flatten(-2) * scale + shift
+
+
 CACHES: dict[str, tuple[Callable[[Tensor, Tensor], Cache], float, float]] = {
     # -> how it is made, bytes of a row of HEAD_DIM features, the bar against ours in bf16
     "paged 16": (paged, 2.0 * HEAD_DIM, 0.95),
     "fp8": (fp8, 1.0 * HEAD_DIM, 1.7),
+    "int4": (int4, 0.5 * HEAD_DIM + 4.0, 2.5),
 }
 
 
