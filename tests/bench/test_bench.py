@@ -39,6 +39,18 @@ def test_attention_has_every_group():
         "forward-fp32-avx2",
         "scaling",
         "call",
+        "options-forward-fp32",
+        "options-forward-bf16",
+        "options-forward-backward-fp32",
+        "options-forward-backward-bf16",
+        "cuda-forward",
+        "cuda-backward",
+        "cuda-options-forward",
+        "cuda-options-backward",
+        "cuda-bias-gradient",
+        "cuda-decode",
+        "cuda-caches",
+        "cuda-host",
     ]
     for name in groups[:4]:
         assert len(registry.find("attention").group(name).cases) == 20

@@ -1,5 +1,5 @@
-"""What a benchmark is made of, and where they are: every operation's folder may hold a `bench.py` that defines
-`BENCHMARK`.
+"""What a benchmark is made of, and where they are: every operation's folder may hold a `bench.py`, or a folder
+`bench`, that defines `BENCHMARK`.
 
 Those of whole models lie in `onepass.bench`, since operations know nothing of models.
 """
@@ -15,6 +15,10 @@ from dataclasses import dataclass, field
 Value = int | float | str | bool
 
 
+class SkippedError(Exception):
+    """Raised by a case's `prepare`: ours cannot do it here yet. The case is left out, and the result says why."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """One case with its inputs made: what each provider runs, and how its numbers are checked.
@@ -25,6 +29,7 @@ class Prepared:
     grad:      autograd records while it runs.
     absent:    peer -> why it is left out: it is not installed, or it failed.
     resets:    provider -> a call that restores what the provider overwrites; it goes before each timed call, untimed.
+    own:       further providers that are ours, for comparing ours with ours: they too are held to one budget.
     """
 
     providers: Mapping[str, Callable[[], object]]
@@ -32,6 +37,7 @@ class Prepared:
     grad: bool = False
     absent: dict[str, str] = field(default_factory=dict)
     resets: Mapping[str, Callable[[], object]] = field(default_factory=dict)
+    own: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Case:
 
     flops, min_bytes: of one call, counting only what must be done (no masked products; each input and output once);
                       0 = not counted.
+    bytes_of:         the same as min_bytes for providers whose inputs have another size (a cache in another format).
     items:            what one call makes (tokens, say), for rates; 0 = not counted.
     bars:             what is to be reached, by the names in `report.BARS`.
     memory:           also measure the peak memory of each provider: on the CPU beyond inputs and outputs, on a GPU
@@ -53,6 +60,7 @@ class Case:
     prepare: Callable[[], Prepared]
     flops: float = 0.0
     min_bytes: float = 0.0
+    bytes_of: Mapping[str, float] = field(default_factory=dict)
     items: int = 0
     bars: Mapping[str, float] = field(default_factory=dict)
     memory: bool = False
@@ -64,6 +72,7 @@ class Group:
     """Cases that are compared with each other and share a geometric mean of their ratios.
 
     mean_bar:      what the geometric mean of the ratios is to reach; 0 = nothing.
+    mean_bars:     peer -> the same of the ratios to it, over the cases that have a bar against it.
     last_rate_bar: the share of the first case's items per second that the last case is to keep; 0 = nothing.
     settings:      environment variables the group needs; it then runs in a process of its own.
     device:        "cpu" or "cuda", where it runs.
@@ -76,6 +85,7 @@ class Group:
     title: str
     cases: tuple[Case, ...]
     mean_bar: float = 0.0
+    mean_bars: Mapping[str, float] = field(default_factory=dict)
     last_rate_bar: float = 0.0
     settings: Mapping[str, str] = field(default_factory=dict)
     unit: str = "ms"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -109,6 +110,7 @@ def bars(result: Mapping[str, Any]) -> list[Bar]:
         if bar := group["mean_bar"]:
             mean = group["geometric_mean"]
             found.append(Bar(name, "all cases", "geometric mean of the ratios", mean, bar, mean >= bar - TOLERANCE))
+        found += mean_bars(name, group)
         if bar := group["last_rate_bar"]:
             first, last = (
                 case["summary"]["items_per_second"][ours(case)] for case in (group["cases"][0], group["cases"][-1])
@@ -124,6 +126,19 @@ def bars(result: Mapping[str, Any]) -> list[Bar]:
                 )
             )
     return found
+
+
+def mean_bars(name: str, group: Mapping[str, Any]) -> Iterator[Bar]:
+    """The bars of the mean ratio to one peer: over the cases that have a bar against it, judged when it ran in all."""
+    for peer, bar in group.get("mean_bars", {}).items():
+        cases = [case for case in group["cases"] if f"{RATIO_TO}{peer}" in case["bars"]]
+        ratios = [case["summary"]["ratios"][peer]["median"] for case in cases if peer in case["samples"]]
+        what = f"geometric mean of the ratios to {peer}"
+        if not cases or len(ratios) < len(cases):
+            yield Bar(name, "all cases", what, math.nan, bar, None)
+            continue
+        mean = statistics.geometric_mean(ratios)
+        yield Bar(name, f"{len(cases)} cases", what, mean, bar, mean >= bar - TOLERANCE)
 
 
 def _number(value: float) -> str:
@@ -255,7 +270,8 @@ def _caption(group: Mapping[str, Any]) -> str:
             f"measured with it: copies {roof['copy']:.0f} GB/s, reads {roof['read']:.0f} GB/s"
             f"{'; what fits into caches may be faster' if group.get('device', 'cpu') == 'cpu' else ''}"
         )
-    return "\n".join(lines + [f"without {peer}: {reason}" for peer, reason in absent_peers(group).items()])
+    lines += [f"without {peer}: {reason}" for peer, reason in absent_peers(group).items()]
+    return "\n".join(lines + [f"skipped, {case}: {reason}" for case, reason in group.get("skipped", {}).items()])
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:

@@ -1,4 +1,4 @@
-"""Benchmarks of attention on the CPU: forward, forward + backward, decode, growth with length, call overhead.
+"""Attention without options on the CPU: forward, forward + backward, decode, growth with length, call overhead.
 
 Providers: onepass-cpu, PyTorch's scaled_dot_product_attention (sdpa) and softmax(q k^T) v written in PyTorch (naive).
 onepass reads (batch, seqlen, nheads, head_dim), the peers (batch, nheads, seqlen, head_dim); each gets its own
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import onepass
 from onepass.bench import peers
-from onepass.bench.registry import Benchmark, Case, Group, Prepared
+from onepass.bench.registry import Case, Group, Prepared
 from onepass.testing import numerics
 
 Shape = tuple[int, int, int, int]  # batch, heads, seqlen, head_dim
@@ -250,36 +250,29 @@ CALL = Case(
 )
 FP32, BF16 = torch.float32, torch.bfloat16
 
-BENCHMARK = Benchmark(
-    "attention",
-    (
-        Group(
-            "forward-fp32", "Forward, fp32", grid(FP32, False, {"ratio": 2.0, "error_to_sdpa": 2.0}, 80.0), mean_bar=2.5
-        ),
-        Group("forward-bf16", "Forward, bf16", grid(BF16, False, {"ratio": 1.5}, 70.0), mean_bar=3.3),
-        Group(
-            "forward-backward-fp32",
-            "Forward + backward, fp32",
-            grid(FP32, True, {"ratio": 2.0, "error_to_sdpa": 2.0}),
-            mean_bar=2.6,
-        ),
-        Group("forward-backward-bf16", "Forward + backward, bf16", grid(BF16, True, {"ratio": 1.4}), mean_bar=2.5),
-        Group(
-            "decode", "Decode, bf16, 32 query heads on 8 KV heads", tuple(map(decode_case, (4096, 16384))), unit="us"
-        ),
-        Group(
-            "forward-fp32-avx2",
-            "Forward, fp32, onepass held to AVX2",
-            grid(FP32, False, {"ratio": 1.1}),
-            mean_bar=1.3,
-            settings={"ONEPASS_CPU_ISA": "avx2"},
-        ),
-        Group(
-            "scaling",
-            "How time and memory grow with the length, fp32, 2 heads of 64",
-            tuple(map(scaling_case, (1024, 2048, 4096, 8192, 16384))),
-            axis="seqlen",
-        ),
-        Group("call", "Call overhead: one head, N 16, D 32, under no_grad", (CALL,), unit="us"),
+GROUPS = (
+    Group("forward-fp32", "Forward, fp32", grid(FP32, False, {"ratio": 2.0, "error_to_sdpa": 2.0}, 80.0), mean_bar=2.5),
+    Group("forward-bf16", "Forward, bf16", grid(BF16, False, {"ratio": 1.5}, 70.0), mean_bar=3.3),
+    Group(
+        "forward-backward-fp32",
+        "Forward + backward, fp32",
+        grid(FP32, True, {"ratio": 2.0, "error_to_sdpa": 2.0}),
+        mean_bar=2.6,
     ),
+    Group("forward-backward-bf16", "Forward + backward, bf16", grid(BF16, True, {"ratio": 1.4}), mean_bar=2.5),
+    Group("decode", "Decode, bf16, 32 query heads on 8 KV heads", tuple(map(decode_case, (4096, 16384))), unit="us"),
+    Group(
+        "forward-fp32-avx2",
+        "Forward, fp32, onepass held to AVX2",
+        grid(FP32, False, {"ratio": 1.1}),
+        mean_bar=1.3,
+        settings={"ONEPASS_CPU_ISA": "avx2"},
+    ),
+    Group(
+        "scaling",
+        "How time and memory grow with the length, fp32, 2 heads of 64",
+        tuple(map(scaling_case, (1024, 2048, 4096, 8192, 16384))),
+        axis="seqlen",
+    ),
+    Group("call", "Call overhead: one head, N 16, D 32, under no_grad", (CALL,), unit="us"),
 )
