@@ -11,6 +11,7 @@ from typing import Any
 from onepass.core.errors import UnsupportedError
 from onepass.core.registry import explain, use_backend
 from onepass.ops.attention.api import attention, attention_decode, merge_attention
+from onepass.ops.attention.api_varlen import attention_varlen
 from onepass.ops.cross_entropy.api import cross_entropy, linear_cross_entropy
 from onepass.ops.norm.api import layer_norm, rms_norm
 from onepass.ops.repeat_kv.api import repeat_kv
@@ -26,6 +27,7 @@ __all__ = [
     "UnsupportedError",
     "attention",
     "attention_decode",
+    "attention_varlen",
     "cross_entropy",
     "explain",
     "geglu",

@@ -39,18 +39,17 @@ def _tensors(head_dim: int, head_dim_v: int, dtype: torch.dtype) -> tuple[Tensor
     )
 
 
-def _attend(head_dim: int, head_dim_v: int, dtype: torch.dtype, features: dict[str, Any]) -> None:
-    from onepass.ops.attention.triton import bwd, fwd
-
-    q, k, v = _tensors(head_dim, head_dim_v, dtype)
-    bias, slopes = torch.empty(1, 4, _SEQLEN, 1, dtype=dtype), torch.empty(4)
-    sink, mask, rng = torch.empty(4, dtype=dtype), torch.empty(1, _SEQLEN, dtype=torch.bool), torch.empty(2).long()
-    options = (
+def _options(bias: Tensor, mask: Tensor, dtype: torch.dtype, features: dict[str, Any]) -> tuple[tuple[Any, ...], ...]:
+    """attn_bias, alibi_slopes, attn_sink, key_mask, rng_state; the rest of the options from softmax_scale on."""
+    slopes, sink, rng = torch.empty(4), torch.empty(4, dtype=dtype), torch.empty(2).long()
+    tensors = (
         bias if "bias" in features else None,
         slopes if "alibi" in features else None,
         sink if "sink" in features else None,
         mask if "mask" in features else None,
         rng if "p" in features else None,
+    )
+    numbers = (
         0.1,
         features.get("left", -1),
         features.get("right", -1),
@@ -59,9 +58,45 @@ def _attend(head_dim: int, head_dim_v: int, dtype: torch.dtype, features: dict[s
         features.get("p", 0.0),
         False,
     )
-    out, lse = fwd.forward(q, k, v, *options)
+    return tensors, numbers
+
+
+def _attend(head_dim: int, head_dim_v: int, dtype: torch.dtype, features: dict[str, Any]) -> None:
+    from onepass.ops.attention.triton import bwd, fwd
+
+    q, k, v = _tensors(head_dim, head_dim_v, dtype)
+    bias, mask = torch.empty(1, 4, _SEQLEN, 1, dtype=dtype), torch.empty(1, _SEQLEN, dtype=torch.bool)
+    tensors, numbers = _options(bias, mask, dtype, features)
+    out, lse = fwd.forward(q, k, v, *tensors, *numbers)
     needs = True, True, "bias" in features, "sink" in features
-    bwd.backward(out, lse if features is _EVERYTHING else None, q, k, v, out, lse, *options, *needs)
+    dlse = lse if features is _EVERYTHING else None
+    bwd.backward(out, dlse, q, k, v, out, lse, *tensors, *numbers, *needs)
+
+
+def _attend_packed(head_dim: int, head_dim_v: int, dtype: torch.dtype, features: dict[str, Any]) -> None:
+    """With every option, some keys are not used."""
+    from onepass.ops.attention.triton import varlen
+
+    q, k, v = (x.squeeze(0) for x in _tensors(head_dim, head_dim_v, dtype))
+    lengths = torch.tensor([0, 500, _SEQLEN], dtype=torch.int32)
+    used = torch.tensor([400, 500], dtype=torch.int32) if features is _EVERYTHING else None
+    bias, mask = torch.empty(2, 4, 600, 1, dtype=dtype), torch.empty(_SEQLEN, dtype=torch.bool)
+    tensors, numbers = _options(bias, mask, dtype, features)
+    longest = 600, 600
+    out, lse = varlen.forward(q, k, v, lengths, lengths, used, None, *tensors, *longest, *numbers)
+    needs = True, True, "bias" in features, "sink" in features
+    varlen.backward(out, None, q, k, v, out, lse, lengths, lengths, used, *tensors, *longest, *numbers, *needs)
+
+
+def _prefill(head_dim: int, page_size: int, features: dict[str, Any]) -> None:
+    from onepass.ops.attention.triton import varlen
+
+    q = torch.empty(_SEQLEN, 4, head_dim, dtype=torch.bfloat16)
+    pages = torch.empty(8, page_size, 2, head_dim, dtype=torch.bfloat16)
+    lengths, used = torch.tensor([0, _SEQLEN], dtype=torch.int32), torch.tensor([4 * page_size], dtype=torch.int32)
+    tensors, numbers = _options(q, q, torch.bfloat16, features)
+    table = torch.arange(8, dtype=torch.int32).view(1, 8)
+    varlen.forward(q, pages, pages, lengths, None, used, table, *tensors, _SEQLEN, _SEQLEN, *numbers)
 
 
 def _decode(head_dim: int, paged: bool, stored: torch.dtype = torch.bfloat16) -> None:
@@ -83,6 +118,11 @@ def _launch() -> None:
     _attend(192, 128, torch.bfloat16, _PLAIN)
     _attend(40, 40, torch.float16, _EVERYTHING)
     _attend(64, 64, torch.float32, _CAUSAL)
+    _attend_packed(128, 128, torch.bfloat16, _CAUSAL)
+    _attend_packed(64, 64, torch.bfloat16, _PLAIN)
+    _attend_packed(40, 72, torch.float16, _EVERYTHING)
+    _prefill(128, 16, _CAUSAL)
+    _prefill(64, 256, {"softcap": 5.0})
     for paged in (False, True):
         _decode(128, paged)
     _decode(64, True, torch.int8)

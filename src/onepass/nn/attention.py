@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from onepass.ops.attention.api import attention
+from onepass.ops.attention.api_varlen import attention_varlen
 
 
 class Attention(torch.nn.Module):
@@ -43,20 +44,25 @@ class Attention(torch.nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         """out, or (out, lse) with return_lse=True; shapes as in `onepass.attention`."""
-        return attention(
-            q,
-            k,
-            v,
-            causal=self.causal,
-            causal_alignment=self.causal_alignment,
-            softmax_scale=self.softmax_scale,
-            window_size=self.window_size,
-            softcap=self.softcap,
-            dropout_p=self.dropout_p if self.training else 0.0,
-            deterministic=self.deterministic,
-            backend=self.backend,
-            **options,
-        )
+        return attention(q, k, v, **self._fixed(), **options)
+
+    def varlen(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, **options: Any
+    ) -> Any:
+        """The same on packed sequences: `onepass.attention_varlen`, whose max_seqlen_q and max_seqlen_k it needs."""
+        return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **self._fixed(), **options)
+
+    def _fixed(self) -> dict[str, Any]:
+        return {
+            "causal": self.causal,
+            "causal_alignment": self.causal_alignment,
+            "softmax_scale": self.softmax_scale,
+            "window_size": self.window_size,
+            "softcap": self.softcap,
+            "dropout_p": self.dropout_p if self.training else 0.0,
+            "deterministic": self.deterministic,
+            "backend": self.backend,
+        }
 
     def packed(self, qkv: Tensor, *, nheads_q: int, nheads_kv: int, **options: Any) -> Any:
         """The same on one tensor (batch, seqlen, (nheads_q + 2 * nheads_kv) * head_dim), q's heads first, then k's,

@@ -14,7 +14,7 @@ _LARGEST_SPLITS = 2**31 - 1
 _LARGEST_WINDOW = 2**62
 
 # How other libraries spell options that attention has, or does not need.
-_HINTS = {
+HINTS = {
     "attn_mask": (
         "a padding mask is key_mask (batch, seqlen_k) bool with True = seen, a band is window_size or causal=True, "
         "and any other mask is an additive attn_bias with -inf where a key is unseen"
@@ -29,6 +29,8 @@ _HINTS = {
     "bias": "use attn_bias=",
     "dropout": "use dropout_p=",
     "block_table": "use page_table=",
+    "cu_seqlens_q": "packed sequences go to onepass.attention_varlen",
+    "cu_seqlens_k": "packed sequences go to onepass.attention_varlen",
 }
 
 
@@ -90,9 +92,9 @@ def attention(
         onepass.UnsupportedError: no backend can do this call; the message lists every backend's reasons.
     """
     if unknown:
-        raise checks.unknown_argument(attention, next(iter(unknown)), _HINTS)
+        raise checks.unknown_argument(attention, next(iter(unknown)), HINTS)
     try:
-        call = _canonical(
+        call = canonical(
             q,
             k,
             v,
@@ -113,7 +115,7 @@ def attention(
         )
         out, lse = registration.attended(*call)
     except RuntimeError:
-        _require_strided(
+        require_strided(
             q=q,
             k=k,
             v=v,
@@ -127,7 +129,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _canonical(
+def canonical(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -154,7 +156,7 @@ def _canonical(
         and type(causal) is bool
         and (deterministic is None or type(deterministic) is bool)
     ):
-        _require_tensors(q=q, k=k, v=v)
+        require_tensors(q=q, k=k, v=v)
         checks.require_bool("causal", causal)
         checks.require_bool("deterministic", deterministic, "or None, which follows PyTorch's setting")
     if causal_alignment == "bottom_right":
@@ -175,7 +177,7 @@ def _canonical(
     if dropout_p != 0.0 or rng_state is not None or generator is not None:
         dropout_p, rng_state = _dropout(q, dropout_p, generator, rng_state)
     if attn_bias is not None or alibi_slopes is not None or attn_sink is not None or key_mask is not None:
-        _require_tensors(attn_bias=attn_bias, alibi_slopes=alibi_slopes, attn_sink=attn_sink, key_mask=key_mask)
+        require_tensors(attn_bias=attn_bias, alibi_slopes=alibi_slopes, attn_sink=attn_sink, key_mask=key_mask)
         attn_bias = _four_dimensional(attn_bias)
         _require_no_alibi_gradient(alibi_slopes)
     if torch_compat.autocast_enabled(q):
@@ -245,7 +247,7 @@ def attention_decode(
     exist are ValueErrors where they can be read without waiting for a device (on the CPU).
     """
     if unknown:
-        raise checks.unknown_argument(attention_decode, next(iter(unknown)), _HINTS)
+        raise checks.unknown_argument(attention_decode, next(iter(unknown)), HINTS)
     try:
         call = _canonical_decode(
             q,
@@ -267,7 +269,7 @@ def attention_decode(
         )
         out, lse = registration.decoded(*call)
     except RuntimeError:
-        _require_strided(
+        require_strided(
             q=q,
             k_cache=k_cache,
             v_cache=v_cache,
@@ -304,7 +306,7 @@ def _canonical_decode(
     if not (
         isinstance(q, Tensor) and isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor) and type(causal) is bool
     ):
-        _require_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
+        require_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
         checks.require_bool("causal", causal)
     window_left, window_right = (-1, -1) if window_size == (-1, -1) else _window(window_size)
     if causal:
@@ -315,9 +317,9 @@ def _canonical_decode(
     if cache_seqlens is not None:
         checks.require_tensor("cache_seqlens", cache_seqlens)
     if page_table is not None or k_descale is not None or v_descale is not None:
-        _require_tensors(page_table=page_table, k_descale=k_descale, v_descale=v_descale)
+        require_tensors(page_table=page_table, k_descale=k_descale, v_descale=v_descale)
     if alibi_slopes is not None or attn_sink is not None:
-        _require_tensors(alibi_slopes=alibi_slopes, attn_sink=attn_sink)
+        require_tensors(alibi_slopes=alibi_slopes, attn_sink=attn_sink)
         _require_no_alibi_gradient(alibi_slopes)
     if num_splits is not None and (not isinstance(num_splits, int) or num_splits < 1):
         raise ValueError(f"num_splits must be an int of at least 1, or None to choose, got {num_splits!r}")
@@ -361,13 +363,13 @@ def merge_attention(outs: Tensor, lses: Tensor, *, backend: str | None = None) -
 
     Raises ValueError, TypeError and UnsupportedError as `attention` does.
     """
-    _require_tensors(outs=outs, lses=lses)
+    require_tensors(outs=outs, lses=lses)
     if outs is None or lses is None:
         raise TypeError("merge_attention needs outs and lses, stacked along the first dimension")
     try:
         out, lse = registration.merged(outs, lses, backend_in_use() if backend is None else backend)
     except RuntimeError:
-        _require_strided(outs=outs, lses=lses)
+        require_strided(outs=outs, lses=lses)
         raise
     return out, lse
 
@@ -375,14 +377,14 @@ def merge_attention(outs: Tensor, lses: Tensor, *, backend: str | None = None) -
 # Canonical forms.
 
 
-def _require_tensors(**named: Any) -> None:
+def require_tensors(**named: Any) -> None:
     required = ("q", "k", "v", "k_cache", "v_cache")
     for name, value in named.items():
         if value is not None or name in required:
             checks.require_tensor(name, value)
 
 
-def _require_strided(**named: Any) -> None:
+def require_strided(**named: Any) -> None:
     """Asked only after a failure: the kernels' own errors for a sparse tensor do not name it."""
     for name, value in named.items():
         if isinstance(value, Tensor):
@@ -427,7 +429,7 @@ def _dropout(
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
     if generator is not None and rng_state is not None:
         raise ValueError("give generator or rng_state, not both: rng_state alone determines the dropout mask")
-    _require_tensors(rng_state=rng_state)
+    require_tensors(rng_state=rng_state)
     if generator is not None:
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
@@ -447,7 +449,7 @@ def _four_dimensional(attn_bias: Tensor | None) -> Tensor | None:
         return None
     if attn_bias.dtype is torch.bool:
         raise TypeError(
-            f"attn_bias is added to the scores, got a bool mask {checks.shape(attn_bias)}: {_HINTS['attn_mask']}"
+            f"attn_bias is added to the scores, got a bool mask {checks.shape(attn_bias)}: {HINTS['attn_mask']}"
         )
     missing = 4 - attn_bias.dim()
     return attn_bias[(None,) * missing] if missing > 0 else attn_bias
@@ -481,9 +483,9 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _explain_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> list[Choice]:
     options.pop("return_lse", None)
     if unknown := options.keys() - checks.options_of(attention):
-        raise checks.unknown_argument(attention, min(unknown), _HINTS)
-    _require_strided(q=q, k=k, v=v, **options)
-    call = _canonical(q, k, v, **options)
+        raise checks.unknown_argument(attention, min(unknown), HINTS)
+    require_strided(q=q, k=k, v=v, **options)
+    call = canonical(q, k, v, **options)
     arguments, backend = call[:8] + call[9:-1], call[-1]  # all but softmax_scale
     choices = [choose(kernels.FORWARD, spec.attention_facts(*arguments), backend)]
     differentiable = (*call[:4], call[5])  # q, k, v, attn_bias, attn_sink
@@ -501,8 +503,8 @@ def _explain_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> list[
 def _explain_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: Any) -> list[Choice]:
     options.pop("return_lse", None)
     if unknown := options.keys() - checks.options_of(attention_decode):
-        raise checks.unknown_argument(attention_decode, min(unknown), _HINTS)
-    _require_strided(q=q, k_cache=k_cache, v_cache=v_cache, **options)
+        raise checks.unknown_argument(attention_decode, min(unknown), HINTS)
+    require_strided(q=q, k_cache=k_cache, v_cache=v_cache, **options)
     call = _canonical_decode(q, k_cache, v_cache, **options)
     arguments = call[:9] + call[10:-3]  # all but softmax_scale, num_splits, need_lse and backend
     return [choose(kernels.DECODE, spec.decode_facts(*arguments), call[-1])]
@@ -510,8 +512,8 @@ def _explain_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: Any)
 
 @explains("merge_attention")
 def _explain_merge(outs: Tensor, lses: Tensor, *, backend: str | None = None) -> list[Choice]:
-    _require_tensors(outs=outs, lses=lses)
-    _require_strided(outs=outs, lses=lses)
+    require_tensors(outs=outs, lses=lses)
+    require_strided(outs=outs, lses=lses)
     name = backend_in_use() if backend is None else backend
     facts = spec.merge_facts(outs, lses)
     choices = [choose(kernels.MERGE, facts, name)]

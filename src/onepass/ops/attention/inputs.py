@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from onepass.core.registry import explain
-from onepass.ops.attention import kernels, spec
+from onepass.ops.attention import inputs_varlen, kernels, spec
 from onepass.ops.attention.api import attention, attention_decode, merge_attention
+from onepass.ops.attention.inputs_varlen import VarlenCase
 from onepass.testing.inputs import normal
 
 LAYOUTS = ("bshd", "bhsd", "packed", "v_transposed", "sliced", "expanded")
@@ -335,7 +336,7 @@ class MergeCase:
 
 _ODD_HEAD_DIMS = (1, 33, 40, 72, 80, 96, 160, 256)
 
-CASES: list[AttentionCase | DecodeCase | MergeCase] = [
+CASES: list[AttentionCase | VarlenCase | DecodeCase | MergeCase] = [
     AttentionCase("plain", seqlen_q=130, seqlen_k=130),
     AttentionCase("causal", seqlen_q=97, seqlen_k=97, causal=True),
     AttentionCase("causal, longer keys", seqlen_q=21, seqlen_k=70, causal=True),
@@ -381,6 +382,7 @@ CASES: list[AttentionCase | DecodeCase | MergeCase] = [
         key_mask=True,
         dropout_p=0.2,
     ),
+    *inputs_varlen.CASES,
     DecodeCase("decode"),
     DecodeCase("decode, full caches", lengths=None),
     DecodeCase("decode, empty caches", lengths=(0, 5, 48)),

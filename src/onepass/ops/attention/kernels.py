@@ -44,6 +44,15 @@ def _cpu_unsupported(spec: AttentionSpec) -> list[str]:
     return reasons
 
 
+def _cpu_varlen_unsupported(spec: AttentionSpec) -> list[str]:
+    reasons = _cpu_unsupported(spec)  # it runs attention's kernel, in which dropout counts sequences from 0
+    return reasons if "no dropout yet" in reasons or not spec.dropout else [*reasons, "no dropout yet"]
+
+
+def _cpu_varlen_slow(spec: AttentionSpec) -> list[str]:
+    return ["one sequence after the other, each a call of attention's kernel: many short ones take host time"]
+
+
 def _cpu_merge_unsupported(spec: MergeSpec) -> list[str]:
     return _cpu_machine(spec.arch, spec.dtype)
 
@@ -109,8 +118,36 @@ def _table(op: str, function: str, triton: str) -> KernelTable:
     )
 
 
+def _varlen_table(op: str, function: str) -> KernelTable:
+    return KernelTable(
+        op,
+        AttentionSpec,
+        [
+            Kernel(
+                "cpu",
+                10,
+                _cpu_varlen_unsupported,
+                f"{_CPU}_varlen:{function}",
+                _cpu_varlen_slow,
+                unavailable=cpu_library.unavailable,
+            ),
+            triton_backend.row(_triton_unsupported, f"{_TRITON}.varlen:{function}"),
+            Kernel(
+                "reference",
+                0,
+                _reference_unsupported,
+                f"{_REFERENCE}_varlen:{function}",
+                _reference_slow,
+                by_name_only=True,
+            ),
+        ],
+    )
+
+
 FORWARD = _table("attention forward", "forward", "fwd")
 BACKWARD = _table("attention backward", "backward", "bwd")
+VARLEN_FORWARD = _varlen_table("attention_varlen forward", "forward")
+VARLEN_BACKWARD = _varlen_table("attention_varlen backward", "backward")
 DECODE = _table("attention_decode", "decode", "decode")
 MERGE = _table("merge_attention forward", "merge", "merge")
 MERGE_BACKWARD = _table("merge_attention backward", "merge_backward", "merge")
@@ -160,6 +197,11 @@ def _decode_features() -> dict[str, AttentionSpec]:
     return kept | {"page_table": plain._replace(paged=True)} | formats
 
 
+def _varlen_features() -> dict[str, AttentionSpec]:
+    features = _attention_features()
+    return features | {"page_table": features["float32"]._replace(paged=True)}
+
+
 def _merge_features() -> dict[str, MergeSpec]:
     return {_name(dtype): MergeSpec("cpu", dtype, 64) for dtype in (*_DTYPES, torch.float64)}
 
@@ -168,6 +210,8 @@ def _merge_features() -> dict[str, MergeSpec]:
 SUPPORT = [
     SupportTable("attention", FORWARD, _attention_features),
     SupportTable("attention, backward", BACKWARD, _backward_features),
+    SupportTable("attention_varlen", VARLEN_FORWARD, _varlen_features),
+    SupportTable("attention_varlen, backward", VARLEN_BACKWARD, _backward_features),
     SupportTable("attention_decode", DECODE, _decode_features),
     SupportTable("merge_attention", MERGE, _merge_features),
     SupportTable("merge_attention, backward", MERGE_BACKWARD, _merge_features),

@@ -50,8 +50,12 @@ def forward(
     softcap: float,
     dropout_p: float,
     deterministic: bool,
+    sequence: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """out (batch, seqlen_q, nheads_q, head_dim_v) and lse (batch, nheads_q, seqlen_q)."""
+    """out (batch, seqlen_q, nheads_q, head_dim_v) and lse (batch, nheads_q, seqlen_q).
+
+    sequence: what dropout counts as the first of the batch.
+    """
     k, v = _hide(k, key_mask), _hide(v, key_mask)
     shift = k.shape[1] - q.shape[1] if bottom_right else 0
     scores = _scores(
@@ -60,7 +64,7 @@ def forward(
     lse = _log_sum_exp(scores, attn_sink)
     weights = _probabilities(scores, lse)
     if dropout_p != 0.0:
-        weights = weights * _dropout_factor(rng_state, dropout_p, weights)
+        weights = weights * _dropout_factor(rng_state, dropout_p, weights, sequence)
     out = _round(weights, q.dtype) @ _per_query_head(v, q.shape[2])
     return out.transpose(1, 2).to(q.dtype).contiguous(), lse.to(lse_dtype(q.dtype))
 
@@ -90,6 +94,7 @@ def backward(
     need_dkv: bool,
     need_dbias: bool,
     need_dsink: bool,
+    sequence: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dbias and dsink, contiguous in the inputs' shapes and dtypes; empty where not needed."""
     k, v = _hide(k, key_mask), _hide(v, key_mask)
@@ -104,7 +109,7 @@ def backward(
     dp = grad_out @ _per_query_head(v, nheads_q).transpose(-1, -2)
     weights = p
     if dropout_p != 0.0:
-        factor = _dropout_factor(rng_state, dropout_p, p)
+        factor = _dropout_factor(rng_state, dropout_p, p, sequence)
         weights, dp = p * factor, dp * factor
     delta = (grad_out * _heads_first(out)).sum(-1)
     if dlse is not None:
@@ -314,15 +319,17 @@ def _descaled(cache: Tensor, descale: Tensor | None, q: Tensor) -> Tensor:
 # Dropout.
 
 
-def _dropout_factor(rng_state: Tensor | None, dropout_p: float, weights: Tensor) -> Tensor:
+def _dropout_factor(rng_state: Tensor | None, dropout_p: float, weights: Tensor, sequence: int) -> Tensor:
     """keep / (1 - p) for every weight (batch, nheads_q, seqlen_q, seqlen_k)."""
     if dropout_p >= 1.0 or rng_state is None:
         return torch.zeros_like(weights)
-    return dropout_keep(rng_state, dropout_p, weights.shape).to(weights.dtype) / (1.0 - dropout_p)
+    return dropout_keep(rng_state, dropout_p, weights.shape, sequence).to(weights.dtype) / (1.0 - dropout_p)
 
 
-def dropout_keep(rng_state: Tensor, dropout_p: float, shape: tuple[int, ...] | torch.Size) -> Tensor:
-    """Which weights (batch, nheads_q, seqlen_q, seqlen_k) dropout keeps, as bool.
+def dropout_keep(
+    rng_state: Tensor, dropout_p: float, shape: tuple[int, ...] | torch.Size, first_batch: int = 0
+) -> Tensor:
+    """Which weights (batch, nheads_q, seqlen_q, seqlen_k) dropout keeps, as bool; the batch counts from `first_batch`.
 
     Element (b, h, i, j) is kept iff word j % 4 of Philox4x32-10(key = seed, counter = (offset, b * nheads_q + h, i, j
     // 4)) is at least p * 2**32.
@@ -333,6 +340,7 @@ def dropout_keep(rng_state: Tensor, dropout_p: float, shape: tuple[int, ...] | t
         torch.arange(size, device=rng_state.device, dtype=torch.int64)
         for size in (batch * nheads_q, seqlen_q, (seqlen_k + 3) // 4)
     )
+    head = head + first_batch * nheads_q
     counter = torch.broadcast_tensors(offset & _WORD, head.view(-1, 1, 1), row.view(-1, 1), column)
     words = torch.stack(philox(counter, (seed & _WORD, (seed >> 32) & _WORD)), -1)
     return (

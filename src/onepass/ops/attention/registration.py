@@ -62,15 +62,15 @@ def _backward_fake(*call: Any) -> Tensors:
     _, _, q, k, v, _, _, attn_bias, _, attn_sink = call[:10]
     need_dq, need_dkv, need_dbias, need_dsink = call[-4:]
     return (
-        _new_gradient(q, q, need_dq),
-        _new_gradient(q, k, need_dkv),
-        _new_gradient(q, v, need_dkv),
-        _new_gradient(q, attn_bias, need_dbias),
-        _new_gradient(q, attn_sink, need_dsink),
+        new_gradient(q, q, need_dq),
+        new_gradient(q, k, need_dkv),
+        new_gradient(q, v, need_dkv),
+        new_gradient(q, attn_bias, need_dbias),
+        new_gradient(q, attn_sink, need_dsink),
     )
 
 
-def _new_gradient(q: Tensor, of: Tensor | None, needed: bool) -> Tensor:
+def new_gradient(q: Tensor, of: Tensor | None, needed: bool) -> Tensor:
     return of.new_empty(of.shape) if needed and of is not None else q.new_empty((0,))
 
 

@@ -31,6 +31,7 @@ from onepass.ops.attention.triton.tile import (
     kept,
     load_tile,
     seen_range,
+    sequence_of,
     visible,
     walked_tile,
     weights,
@@ -156,10 +157,11 @@ def _keys_bwd_kernel(
     bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
     stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
     shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+    cu_q_ptr, cu_k_ptr, used_k_ptr, total_q, total_k,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, EVEN: tl.constexpr,
+    VARLEN: tl.constexpr, USED: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one KV head: its query heads one after the other."""
@@ -170,6 +172,18 @@ def _keys_bwd_kernel(
     batch = (sheet_kv // nheads_kv).to(tl.int64)
     kv_head = (sheet_kv % nheads_kv).to(tl.int64)
     first_col = block * BLOCK_N
+    if VARLEN:
+        first_q, seqlen_q, first_k, seqlen_k, shift = sequence_of(
+            batch, cu_q_ptr, cu_k_ptr, used_k_ptr, total_q, total_k, seqlen_q, seqlen_k, shift, USED, False
+        )
+        if first_col >= seqlen_k:
+            return
+        q_ptr += first_q * stride_qs
+        do_ptr += first_q * stride_ds
+        k_ptr += first_k * stride_ks
+        v_ptr += first_k * stride_vs
+        if KEY_MASK:
+            key_mask_ptr += first_k * stride_mk
     col = first_col + tl.arange(0, BLOCK_N)
     there = col < seqlen_k
     col_read = tl.minimum(col, seqlen_k - 1).to(tl.int64)  # keys past the end are computed with, and not stored
@@ -203,8 +217,12 @@ def _keys_bwd_kernel(
         do_base = do_ptr + batch * stride_db + head * stride_dh
         q_row, q_col = (batch * q_per_batch + head * q_per_head).to(tl.int32), (head * q_col_head).to(tl.int32)
         do_row, do_col = (batch * do_per_batch + head * do_per_head).to(tl.int32), (head * do_col_head).to(tl.int32)
-        lse2_ptrs = lse2_ptr + sheet * seqlen_q + lane
-        delta_ptrs = delta_ptr + sheet * seqlen_q + lane
+        if VARLEN:
+            row_at = head * total_q + first_q
+        else:
+            row_at = sheet * seqlen_q
+        lse2_ptrs = lse2_ptr + row_at + lane
+        delta_ptrs = delta_ptr + row_at + lane
         bias_ptrs = bias_ptr
         if BIAS:
             bias_ptrs = bias_ptr + batch * stride_bb + head * stride_bh
@@ -220,7 +238,11 @@ def _keys_bwd_kernel(
             HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT, PRECISION,
             TMA, EVEN, BLOCK_M, BLOCK_N, STAGES,
         )  # fmt: skip
-    at = (batch * seqlen_k + col[:, None]) * nheads_kv + kv_head
+    if VARLEN:
+        token = first_k
+    else:
+        token = batch * seqlen_k
+    at = (token + col[:, None]) * nheads_kv + kv_head
     tl.store(
         dk_ptr + at * HEAD_DIM + feature[None, :],
         (dk * softmax_scale).to(dk_ptr.dtype.element_ty),
@@ -294,10 +316,11 @@ def _queries_bwd_kernel(
     bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
     stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
     shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+    cu_q_ptr, cu_k_ptr, used_k_ptr, total_q, total_k,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
+    VARLEN: tl.constexpr, USED: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head."""
@@ -310,6 +333,18 @@ def _queries_bwd_kernel(
     head = sheet % nheads_q
     kv_head = head // GROUP
     first_row = block * BLOCK_M
+    if VARLEN:
+        first_q, seqlen_q, first_k, seqlen_k, shift = sequence_of(
+            batch, cu_q_ptr, cu_k_ptr, used_k_ptr, total_q, total_k, seqlen_q, seqlen_k, shift, USED, False
+        )
+        if first_row >= seqlen_q:
+            return
+        q_ptr += first_q * stride_qs
+        do_ptr += first_q * stride_ds
+        k_ptr += first_k * stride_ks
+        v_ptr += first_k * stride_vs
+        if KEY_MASK:
+            key_mask_ptr += first_k * stride_mk
     row = first_row + tl.arange(0, BLOCK_M)
     there = row < seqlen_q
     row_read = tl.minimum(row, seqlen_q - 1).to(tl.int64)
@@ -326,12 +361,19 @@ def _queries_bwd_kernel(
         + row_read[:, None] * stride_ds + feature_v[None, :].to(tl.int64) * stride_dd,
         there[:, None], feature_v[None, :] < HEAD_DIM_V, False, HEAD_DIM_V != BLOCK_DV,
     )  # fmt: skip
-    lse2 = tl.load(lse2_ptr + sheet * seqlen_q + row_read)
-    delta = tl.load(delta_ptr + sheet * seqlen_q + row_read)
+    if VARLEN:
+        row_at = head * total_q + first_q
+    else:
+        row_at = sheet * seqlen_q
+    lse2 = tl.load(lse2_ptr + row_at + row_read)
+    delta = tl.load(delta_ptr + row_at + row_read)
     k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
     v_base = v_ptr + batch * stride_vb + kv_head * stride_vh
     k_row, k_col = (batch * k_per_batch + kv_head * k_per_head).to(tl.int32), (kv_head * k_col_head).to(tl.int32)
     v_row, v_col = (batch * v_per_batch + kv_head * v_per_head).to(tl.int32), (kv_head * v_col_head).to(tl.int32)
+    if VARLEN:
+        k_row += first_k.to(tl.int32)
+        v_row += first_k.to(tl.int32)
     bias_ptrs = bias_ptr
     if BIAS:
         bias_ptrs = bias_ptr + batch * stride_bb + head * stride_bh
@@ -359,7 +401,11 @@ def _queries_bwd_kernel(
             part != 1, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT,
             PRECISION, TMA, BLOCK_M, BLOCK_N, STAGES,
         )  # fmt: skip
-    at = (batch * seqlen_q + row[:, None]) * nheads_q + head
+    if VARLEN:
+        token = first_q
+    else:
+        token = batch * seqlen_q
+    at = (token + row[:, None]) * nheads_q + head
     tl.store(
         dq_ptr + at * HEAD_DIM + feature[None, :],
         (dq * softmax_scale).to(dq_ptr.dtype.element_ty),
@@ -384,9 +430,21 @@ def backward(
         q, k, v, attn_bias, alibi_slopes, attn_sink, key_mask, rng_state, softmax_scale, window_left, window_right,
         bottom_right, softcap, dropout_p,
     )  # fmt: skip
+    return run(problem, do, dlse, out, lse, need_dq, need_dkv, need_dbias, need_dsink)
+
+
+def run(
+    problem: Problem, do: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, need_dq: bool, need_dkv: bool,
+    need_dbias: bool, need_dsink: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The backward with the default configurations."""
+    q, k, v, attn_bias, attn_sink = problem.q, problem.k, problem.v, problem.attn_bias, problem.attn_sink
+    unused = problem.packed is not None and problem.packed.seqused_k is not None  # keys, of which no program is
     dq = torch.empty(q.shape if need_dq else 0, dtype=q.dtype, device=q.device)
-    dk = torch.empty(k.shape if need_dkv else 0, dtype=k.dtype, device=k.device)
-    dv = torch.empty(v.shape if need_dkv else 0, dtype=v.dtype, device=v.device)
+    dk, dv = (
+        (torch.zeros if unused else torch.empty)(x.shape if need_dkv else 0, dtype=x.dtype, device=x.device)
+        for x in (k, v)
+    )
     dbias, dsink = (
         torch.zeros(x.shape if needed else 0, dtype=x.dtype, device=x.device) if x is not None else q.new_empty(0)
         for x, needed in ((attn_bias, need_dbias), (attn_sink, need_dsink))
@@ -444,12 +502,14 @@ def _walked(config: BackwardConfig, fits: bool, *tensors: tuple[Tensor, int]) ->
 
 
 def _launch_keys(problem: Problem, held: Held, dk: Tensor, dv: Tensor, config: BackwardConfig) -> None:
-    batch, seqlen_k, nheads_kv, _ = problem.k.shape
-    _, seqlen_q, nheads_q, _ = problem.q.shape
-    even = seqlen_q % config.block_m == 0  # else the last block reaches into the next sequence
+    seqlen_q, seqlen_k, nheads_q, nheads_kv = problem.seqlen_q, problem.seqlen_k, problem.q.shape[2], problem.k.shape[2]
+    # Else the last block reaches into the next sequence.
+    even = problem.packed is None and seqlen_q % config.block_m == 0
     tma, descriptors = _walked(config, even, (problem.q, config.block_m), (held[0], config.block_m))
+    if not (programs := problem.batch * nheads_kv * triton.cdiv(seqlen_k, config.block_n)):
+        return
     _keys_bwd.launch(
-        (batch * nheads_kv * triton.cdiv(seqlen_k, config.block_n), 1, 1),
+        (programs, 1, 1),
         problem.q.device,
         (
             *tensors_of(problem, held, *descriptors, dk, dv),
@@ -462,11 +522,12 @@ def _launch_keys(problem: Problem, held: Held, dk: Tensor, dv: Tensor, config: B
 
 
 def _launch_queries(problem: Problem, held: Held, dq: Tensor, config: BackwardConfig) -> None:
-    batch, seqlen_q, nheads_q, _ = problem.q.shape
-    seqlen_k = problem.k.shape[1]
+    seqlen_q, seqlen_k, nheads_q = problem.seqlen_q, problem.seqlen_k, problem.q.shape[2]
+    if not (programs := problem.batch * nheads_q * triton.cdiv(seqlen_q, config.block_m)):
+        return
     tma, descriptors = _walked(config, True, (problem.k, config.block_n), (problem.v, config.block_n))
     _queries_bwd.launch(
-        (batch * nheads_q * triton.cdiv(seqlen_q, config.block_m), 1, 1),
+        (programs, 1, 1),
         problem.q.device,
         (
             *tensors_of(problem, held, *descriptors, dq),

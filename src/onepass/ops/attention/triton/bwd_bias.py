@@ -9,7 +9,7 @@ from torch import Tensor
 from onepass.core.triton_backend import Launcher
 from onepass.ops.attention.triton.config import BackwardConfig
 from onepass.ops.attention.triton.problem import Held, Problem, tensors_of
-from onepass.ops.attention.triton.tile import LOG2_E, kept, load_tile, weights
+from onepass.ops.attention.triton.tile import LOG2_E, kept, load_tile, sequence_of, weights
 
 
 @triton.jit
@@ -21,9 +21,11 @@ def _bias_bwd_kernel(
     bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
     stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
     shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+    cu_q_ptr, cu_k_ptr, used_k_ptr, total_q, total_k,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    VARLEN: tl.constexpr, USED: tl.constexpr,
     PER_BATCH: tl.constexpr, PER_HEAD: tl.constexpr, PER_QUERY: tl.constexpr, PER_KEY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -62,34 +64,57 @@ def _bias_bwd_kernel(
             slope = 0.0
             if ALIBI:
                 slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah) * LOG2_E
-            for block_m in range(first_block_m, last_block_m):
+            q_base = q_ptr + batch * stride_qb + head * stride_qh
+            do_base = do_ptr + batch * stride_db + head * stride_dh
+            k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
+            v_base = v_ptr + batch * stride_vb + kv_head * stride_vh
+            key_mask_base = key_mask_ptr
+            if KEY_MASK:
+                key_mask_base = key_mask_ptr + batch * stride_mb
+            if VARLEN:  # blocks of the longest sequence that this one lacks add nothing
+                first_q, rows, first_k, cols, offset = sequence_of(
+                    batch, cu_q_ptr, cu_k_ptr, used_k_ptr, total_q, total_k, seqlen_q, seqlen_k, shift, USED, False
+                )
+                end_block_m = tl.minimum(last_block_m, tl.cdiv(rows, BLOCK_M))
+                end_block_n = tl.minimum(last_block_n, tl.cdiv(cols, BLOCK_N))
+                q_base += first_q * stride_qs
+                do_base += first_q * stride_ds
+                k_base += first_k * stride_ks
+                v_base += first_k * stride_vs
+                if KEY_MASK:
+                    key_mask_base += first_k * stride_mk
+                row_at = head * total_q + first_q
+            else:
+                rows, cols, offset, end_block_m, end_block_n = seqlen_q, seqlen_k, shift, last_block_m, last_block_n
+                row_at = sheet * seqlen_q
+            for block_m in range(first_block_m, end_block_m):
                 row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-                row_there = row < seqlen_q
-                row_read = tl.minimum(row, seqlen_q - 1).to(tl.int64)
+                row_there = row < rows
+                row_read = tl.minimum(row, rows - 1).to(tl.int64)
                 q = load_tile(
-                    q_ptr + batch * stride_qb + head * stride_qh
+                    q_base
                     + row_read[:, None] * stride_qs + feature[None, :].to(tl.int64) * stride_qd,
                     row_there[:, None], feature[None, :] < HEAD_DIM, False, HEAD_DIM != BLOCK_D,
                 )  # fmt: skip
                 do = load_tile(
-                    do_ptr + batch * stride_db + head * stride_dh
+                    do_base
                     + row_read[:, None] * stride_ds + feature_v[None, :].to(tl.int64) * stride_dd,
                     row_there[:, None], feature_v[None, :] < HEAD_DIM_V, False, HEAD_DIM_V != BLOCK_DV,
                 )  # fmt: skip
-                lse2 = tl.load(lse2_ptr + sheet * seqlen_q + row, mask=row_there, other=float("inf"))
-                delta = tl.load(delta_ptr + sheet * seqlen_q + row_read)
-                for block_n in range(first_block_n, last_block_n):
+                lse2 = tl.load(lse2_ptr + row_at + row, mask=row_there, other=float("inf"))
+                delta = tl.load(delta_ptr + row_at + row_read)
+                for block_n in range(first_block_n, end_block_n):
                     first_col = block_n * BLOCK_N
                     col = first_col + tl.arange(0, BLOCK_N)
-                    col_there = col < seqlen_k
-                    col_read = tl.minimum(col, seqlen_k - 1).to(tl.int64)
+                    col_there = col < cols
+                    col_read = tl.minimum(col, cols - 1).to(tl.int64)
                     k = load_tile(
-                        k_ptr + batch * stride_kb + kv_head * stride_kh
+                        k_base
                         + col_read[None, :] * stride_ks + feature[:, None].to(tl.int64) * stride_kd,
                         col_there[None, :], feature[:, None] < HEAD_DIM, False, HEAD_DIM != BLOCK_D,
                     )  # fmt: skip
                     v = load_tile(
-                        v_ptr + batch * stride_vb + kv_head * stride_vh
+                        v_base
                         + col_read[None, :] * stride_vs + feature_v[:, None].to(tl.int64) * stride_vd,
                         col_there[None, :], feature_v[:, None] < HEAD_DIM_V, False, HEAD_DIM_V != BLOCK_DV,
                     )  # fmt: skip
@@ -97,11 +122,11 @@ def _bias_bwd_kernel(
                     bias = tl.load(bias_ptrs + row_read[:, None] * stride_bq + col_read[None, :] * stride_bk)
                     seen = col_there[None, :]
                     if KEY_MASK:
-                        key_seen = tl.load(key_mask_ptr + batch * stride_mb + col_read * stride_mk) != 0
+                        key_seen = tl.load(key_mask_base + col_read * stride_mk) != 0
                         seen = seen & key_seen[None, :]
                     s = tl.dot(q, k, input_precision=PRECISION)
                     p, _ = weights(
-                        s, row[:, None], col[None, :], seen, lse2[:, None], shift, window_left, window_right, scale,
+                        s, row[:, None], col[None, :], seen, lse2[:, None], offset, window_left, window_right, scale,
                         softcap, slope, bias, True, LEFT, RIGHT, SOFTCAP, ALIBI, True, True,
                     )  # fmt: skip
                     dp = tl.dot(do, v, input_precision=PRECISION)
@@ -112,11 +137,11 @@ def _bias_bwd_kernel(
     row = first_block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     col = first_block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     sheet = (first_batch * (nheads_q if PER_HEAD else 1) + first_head) * tl.full((), 1, tl.int64)
-    rows = seqlen_q if PER_QUERY else 1
-    cols = seqlen_k if PER_KEY else 1
-    dbias_ptrs = dbias_ptr + sheet * rows * cols
+    height = seqlen_q if PER_QUERY else 1
+    width = seqlen_k if PER_KEY else 1
+    dbias_ptrs = dbias_ptr + sheet * height * width
     if PER_QUERY and PER_KEY:
-        at = row[:, None].to(tl.int64) * cols + col[None, :]
+        at = row[:, None].to(tl.int64) * width + col[None, :]
         mask = (row < seqlen_q)[:, None] & (col < seqlen_k)[None, :]
         tl.store(dbias_ptrs + at, tile.to(dbias_ptr.dtype.element_ty), mask=mask)
     elif PER_KEY:
@@ -132,8 +157,7 @@ _bias_bwd = Launcher(_bias_bwd_kernel)
 
 def run(problem: Problem, held: Held, dbias: Tensor, config: BackwardConfig) -> None:
     """Fills dbias."""
-    batch, seqlen_q, nheads_q, _ = problem.q.shape
-    seqlen_k = problem.k.shape[1]
+    batch, seqlen_q, seqlen_k, nheads_q = problem.batch, problem.seqlen_q, problem.seqlen_k, problem.q.shape[2]
     sizes = batch, nheads_q, triton.cdiv(seqlen_q, config.block_m), triton.cdiv(seqlen_k, config.block_n)
     own = [size > 1 for size in dbias.shape]
     programs = 1

@@ -18,15 +18,16 @@ from onepass.core.triton_backend import Launcher, multiprocessors
 from onepass.ops.attention.spec import check_cache_contents
 from onepass.ops.attention.triton.config import DecodeConfig, decode_config
 from onepass.ops.attention.triton.problem import FAR, LOG2_E, block_of
-from onepass.ops.attention.triton.tile import LN_2, adjusted_scores, load_tile, seen_range, visible, with_sink
+from onepass.ops.attention.triton.tile import (
+    LN_2,
+    adjusted_scores,
+    load_tile,
+    pages_of,
+    seen_range,
+    visible,
+    with_sink,
+)
 from onepass.ops.attention.triton.tile import LOG2_E as LOG2_E_IN_KERNELS
-
-
-@triton.jit
-def _pages(page_table_ptrs, key, there, page_size, pages):
-    """The page of each key and its place there; which pages exist. Entries past the stored keys are not looked at."""
-    page = tl.load(page_table_ptrs + key // page_size, mask=there, other=0)
-    return page.to(tl.int64), (key % page_size).to(tl.int64), (page >= 0) & (page < pages)
 
 
 @triton.jit
@@ -46,7 +47,7 @@ def _attend(
         key = first + lane
         there = key < length
         if PAGED:
-            page, place, exists = _pages(page_table_ptrs, key, there, page_size, pages)
+            page, place, exists = pages_of(page_table_ptrs, key, there, page_size, pages)
             read = there & exists
             k = tl.load(
                 k_ptrs + (page * stride_kb + place * stride_ks)[None, :],

@@ -7,6 +7,8 @@ sees have no code for masks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,10 @@ from onepass.ops.attention.triton.tile import (
     adjusted_scores,
     kept,
     load_tile,
+    paged_tile,
+    pages_of,
     seen_range,
+    sequence_of,
     visible,
     walked_tile,
     with_sink,
@@ -31,13 +36,13 @@ from onepass.ops.attention.triton.tile import (
 @triton.jit
 def _attend(
     q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
-    key_mask_ptrs, rng_ptr,
+    key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,
     start, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
     slope, shift, window_left, window_right, scale, softcap, threshold,
     EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
+    PAGED: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The keys from start to end; in EDGE blocks some are unseen, or do not exist."""
@@ -46,10 +51,20 @@ def _attend(
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         col = first + lane
         ahead = tl.cast(first, tl.int64)
-        k = walked_tile(
-            k_base, k_desc, first, stride_ks, stride_kd, k_row, k_col, seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE, TMA
-        )
+        if PAGED:
+            stored = col < seqlen_k
+            page, place, exists = pages_of(page_table_ptrs, col, stored, page_size, pages)
+            k = paged_tile(
+                k_base, page, place, stored & exists, stride_kp, stride_ks, stride_kd, HEAD_DIM, BLOCK_N, BLOCK_D
+            )
+        else:
+            k = walked_tile(
+                k_base, k_desc, first, stride_ks, stride_kd, k_row, k_col, seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE,
+                TMA,
+            )  # fmt: skip
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if PAGED:  # a page that does not exist is not read, and shows as NaN
+            s = tl.where((stored & ~exists)[None, :], float("nan"), s)
         if not PLAIN:
             bias = 0.0
             if BIAS:
@@ -78,10 +93,15 @@ def _attend(
         if DROPOUT:
             p = tl.where(kept(rng_ptr, threshold, sheet, row, first, BLOCK_M, BLOCK_N, False), p, 0.0)
         acc = acc * correction[:, None]
-        v = walked_tile(
-            v_base, v_desc, first, stride_vs, stride_vd, v_row, v_col, seqlen_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE,
-            TMA,
-        )  # fmt: skip
+        if PAGED:
+            v = paged_tile(
+                v_base, page, place, stored & exists, stride_vp, stride_vs, stride_vd, HEAD_DIM_V, BLOCK_N, BLOCK_DV
+            )
+        else:
+            v = walked_tile(
+                v_base, v_desc, first, stride_vs, stride_vd, v_row, v_col, seqlen_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV,
+                EDGE, TMA,
+            )  # fmt: skip
         if KEY_MASK:  # what is masked may hold anything
             v = tl.where(key_seen[:, None], v, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -96,13 +116,15 @@ def _tile(
     stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
     stride_vb, stride_vs, stride_vh, stride_vd,
     seqlen_q, seqlen_k, nheads_q, sign,
+    page_table_ptr, max_pages, page_size, pages, stride_kp, stride_vp,
     bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
     stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
     shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+    cu_q_ptr, cu_k_ptr, used_k_ptr, total_q, total_k,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
+    VARLEN: tl.constexpr, USED: tl.constexpr, PAGED: tl.constexpr, TMA: tl.constexpr,
     SINK: tl.constexpr, SIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile: BLOCK_M queries of one head."""
@@ -114,6 +136,19 @@ def _tile(
     batch = (sheet // nheads_q).to(tl.int64)
     head = sheet % nheads_q
     kv_head = head // GROUP
+    if VARLEN:
+        first_q, seqlen_q, first_k, seqlen_k, shift = sequence_of(
+            batch, cu_q_ptr, cu_k_ptr, used_k_ptr, total_q, total_k, seqlen_q, seqlen_k, shift, USED, PAGED
+        )
+        seqlen_k = tl.where(block * BLOCK_M < seqlen_q, seqlen_k, 0)  # past the last query nothing is walked
+        q_ptr += first_q * stride_qs
+        k_ptr += first_k * stride_ks
+        v_ptr += first_k * stride_vs
+        if KEY_MASK:
+            key_mask_ptr += first_k * stride_mk
+    page_table_ptrs = page_table_ptr
+    if PAGED:
+        page_table_ptrs = page_table_ptr + batch * max_pages
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     there = row < seqlen_q
     # Rows past the end read the last row again: what they compute is not stored.
@@ -126,7 +161,7 @@ def _tile(
         q_ptrs + row_read[:, None] * stride_qs + feature[None, :].to(tl.int64) * stride_qd,
         there[:, None],
         feature[None, :] < HEAD_DIM,
-        False,
+        VARLEN,
         HEAD_DIM != BLOCK_D,
     )
     if SIGNED:
@@ -136,6 +171,9 @@ def _tile(
     k_row = (batch * k_per_batch + kv_head * k_per_head).to(tl.int32)
     v_row = (batch * v_per_batch + kv_head * v_per_head).to(tl.int32)
     k_col, v_col = kv_head * k_col_head, kv_head * v_col_head
+    if VARLEN:
+        k_row += first_k.to(tl.int32)
+        v_row += first_k.to(tl.int32)
     bias_ptrs = bias_ptr
     if BIAS:
         bias_ptrs = bias_ptr + batch * stride_bb + head.to(tl.int64) * stride_bh
@@ -160,11 +198,11 @@ def _tile(
         last = inner_start if part == 0 else inner_end if part == 1 else end
         acc, largest, total = _attend(
             q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
-            key_mask_ptrs, rng_ptr,
+            key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,
             first, last, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
             slope, shift, window_left, window_right, scale, softcap, threshold,
             part != 1, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
-            DROPOUT, PRECISION, TMA, BLOCK_M, BLOCK_N, STAGES,
+            DROPOUT, PRECISION, PAGED, TMA, BLOCK_M, BLOCK_N, STAGES,
         )  # fmt: skip
     if SINK:
         acc, largest, total = with_sink(acc, largest, total, tl.load(sink_ptr + head))
@@ -174,10 +212,29 @@ def _tile(
     if DROPOUT:
         weight *= kept_scale
     lse = tl.where(empty, -float("inf"), top * LN_2 + tl.log(total))
-    tl.store(lse_ptr + sheet.to(tl.int64) * seqlen_q + row, lse, mask=there)
-    out_ptrs = out_ptr + ((batch * seqlen_q + row[:, None]) * nheads_q + head) * HEAD_DIM_V + feature_v[None, :]
+    if VARLEN:
+        lse_ptr += head.to(tl.int64) * total_q + first_q
+    else:
+        lse_ptr += sheet.to(tl.int64) * seqlen_q
+    tl.store(lse_ptr + row, lse, mask=there)
+    if VARLEN:
+        token = first_q
+    else:
+        token = batch * seqlen_q
+    out_ptrs = out_ptr + ((token + row[:, None]) * nheads_q + head) * HEAD_DIM_V + feature_v[None, :]
     out = (acc * weight[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptrs, out, mask=there[:, None] & (feature_v[None, :] < HEAD_DIM_V))
+
+
+@triton.jit
+def _past_the_end(tile, cu_q_ptr, longest_q, nheads_q, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Whether a tile of packed sequences has no queries, because its sequence is shorter than the longest."""
+    blocks = tl.cdiv(longest_q, BLOCK_M)
+    block = tile % blocks
+    if RIGHT:
+        block = blocks - 1 - block
+    batch = tile // blocks // nheads_q
+    return block * BLOCK_M >= tl.load(cu_q_ptr + batch + 1) - tl.load(cu_q_ptr + batch)
 
 
 @triton.jit
@@ -187,13 +244,15 @@ def _fwd_kernel(
     stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
     stride_vb, stride_vs, stride_vh, stride_vd,
     seqlen_q, seqlen_k, nheads_q, sign, tiles,
+    page_table_ptr, max_pages, page_size, pages, stride_kp, stride_vp,
     bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
     stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
     shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+    cu_q_ptr, cu_k_ptr, used_k_ptr, total_q, total_k,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
+    VARLEN: tl.constexpr, USED: tl.constexpr, PAGED: tl.constexpr, TMA: tl.constexpr,
     SINK: tl.constexpr, SIGNED: tl.constexpr, SCHEDULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -202,16 +261,21 @@ def _fwd_kernel(
     if SCHEDULE == "dynamic":
         tile = tl.atomic_add(counter_ptr, 1, sem="relaxed")
     if SCHEDULE == "one":
+        if VARLEN:
+            if _past_the_end(tile, cu_q_ptr, seqlen_q, nheads_q, RIGHT, BLOCK_M):
+                return
         _tile(
             tile, q_ptr, k_ptr, v_ptr, k_desc, k_per_batch, k_per_head, k_col_head,
             v_desc, v_per_batch, v_per_head, v_col_head, out_ptr, lse_ptr, sink_ptr,
             stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
             stride_vb, stride_vs, stride_vh, stride_vd, seqlen_q, seqlen_k, nheads_q, sign,
+            page_table_ptr, max_pages, page_size, pages, stride_kp, stride_vp,
             bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
             stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
             shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+            cu_q_ptr, cu_k_ptr, used_k_ptr, total_q, total_k,
             GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT,
-            PRECISION, TMA, SINK, SIGNED, BLOCK_M, BLOCK_N, STAGES,
+            PRECISION, VARLEN, USED, PAGED, TMA, SINK, SIGNED, BLOCK_M, BLOCK_N, STAGES,
         )  # fmt: skip
     else:
         while tile < tiles:
@@ -220,11 +284,13 @@ def _fwd_kernel(
                 v_desc, v_per_batch, v_per_head, v_col_head, out_ptr, lse_ptr, sink_ptr,
                 stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
                 stride_vb, stride_vs, stride_vh, stride_vd, seqlen_q, seqlen_k, nheads_q, sign,
+                page_table_ptr, max_pages, page_size, pages, stride_kp, stride_vp,
                 bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
                 stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
                 shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+                cu_q_ptr, cu_k_ptr, used_k_ptr, total_q, total_k,
                 GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT,
-                PRECISION, TMA, SINK, SIGNED, BLOCK_M, BLOCK_N, STAGES,
+                PRECISION, VARLEN, USED, PAGED, TMA, SINK, SIGNED, BLOCK_M, BLOCK_N, STAGES,
             )  # fmt: skip
             if SCHEDULE == "dynamic":
                 tile = tl.atomic_add(counter_ptr, 1, sem="relaxed")
@@ -251,9 +317,9 @@ def forward(
 def run(problem: Problem, config: ForwardConfig) -> tuple[Tensor, Tensor]:
     """The forward with a configuration."""
     q, k, v, sink = problem.q, problem.k, problem.v, problem.attn_sink
-    batch, seqlen_q, nheads_q, _ = q.shape
-    out = torch.empty((batch, seqlen_q, nheads_q, v.shape[3]), dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, nheads_q, seqlen_q), dtype=torch.float32, device=q.device)
+    batch, seqlen_q, nheads_q = problem.batch, problem.seqlen_q, q.shape[2]
+    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
+    lse = torch.empty((q.shape[0], nheads_q, q.shape[1]), dtype=torch.float32, device=q.device)
     tiles = batch * nheads_q * triton.cdiv(seqlen_q, config.block_m)
     if not tiles:
         return out, lse
@@ -264,7 +330,7 @@ def run(problem: Problem, config: ForwardConfig) -> tuple[Tensor, Tensor]:
         counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     scale, sign = problem.positive_scale()
     walked_k, walked_v = walked(k, config.block_n), walked(v, config.block_n)
-    tma = config.tma and walked_k.descriptor is not None and walked_v.descriptor is not None
+    tma = config.tma and not problem.paged and walked_k.descriptor is not None and walked_v.descriptor is not None
     if not tma:
         walked_k = walked_v = BY_POINTERS
     _fwd.launch(
@@ -273,11 +339,12 @@ def run(problem: Problem, config: ForwardConfig) -> tuple[Tensor, Tensor]:
         (
             q, k, v, *walked_k.arguments, *walked_v.arguments, out, lse,
             None if sink is None else sink.contiguous(), counter,
-            *q.stride(), *k.stride(), *v.stride(),
-            seqlen_q, k.shape[1], nheads_q, sign, tiles, *problem.options(scale),
+            *problem.strides(q), *problem.strides(k), *problem.strides(v),
+            seqlen_q, problem.seqlen_k, nheads_q, sign, tiles, *_pages(problem), *problem.options(scale),
         ),
         problem.constants()
         | {
+            "PAGED": problem.paged,
             "TMA": tma,
             "SINK": sink is not None,
             "SIGNED": sign != 1.0,
@@ -289,3 +356,11 @@ def run(problem: Problem, config: ForwardConfig) -> tuple[Tensor, Tensor]:
         num_warps=config.num_warps,
     )  # fmt: skip
     return out, lse
+
+
+def _pages(problem: Problem) -> tuple[Any, ...]:
+    """The page table, its width, the sizes of pages, and the strides from page to page of k and v."""
+    if problem.packed is None or problem.packed.page_table is None:
+        return (None,) * 6
+    k, table = problem.k, problem.packed.page_table
+    return table.contiguous(), table.shape[1], k.shape[1], k.shape[0], k.stride(0), problem.v.stride(0)

@@ -26,8 +26,20 @@ def block_of(size: int) -> int:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """Where the sequences of attention_varlen lie."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor | None
+    seqused_k: Tensor | None
+    page_table: Tensor | None
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+@dataclass(frozen=True)
 class Problem:
-    """The arguments of attention_fwd, checked."""
+    """The arguments of attention_fwd, checked; packed tensors are one sequence (1, total, nheads, d), pages batches."""
 
     q: Tensor
     k: Tensor
@@ -43,10 +55,45 @@ class Problem:
     bottom_right: bool
     softcap: float
     dropout_p: float
+    packed: Packed | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0] if self.packed is None else self.packed.cu_seqlens_q.shape[0] - 1
+
+    @property
+    def seqlen_q(self) -> int:
+        """Of each sequence, or the most of any."""
+        return self.q.shape[1] if self.packed is None else self.packed.max_seqlen_q
+
+    @property
+    def seqlen_k(self) -> int:
+        return self.k.shape[1] if self.packed is None else self.packed.max_seqlen_k
+
+    @property
+    def paged(self) -> bool:
+        return self.packed is not None and self.packed.page_table is not None
 
     @property
     def shift(self) -> int:
+        """For packed sequences 1, by which each one's own is multiplied; 0 for the top left."""
+        if self.packed is not None:
+            return int(self.bottom_right)
         return self.k.shape[1] - self.q.shape[1] if self.bottom_right else 0
+
+    def strides(self, x: Tensor) -> tuple[int, ...]:
+        """Of q, k, v, or what has their shape: sequences that are packed lie where cu_seqlens says, pages anywhere."""
+        return x.stride() if self.packed is None else (0, *x.stride()[1:])
+
+    def sequences(self) -> tuple[Any, ...]:
+        """The arguments of `sequence_of` (tile.py) for packed tensors."""
+        packed = self.packed
+        if packed is None:
+            return (None,) * 5
+        table = packed.page_table
+        total_k = self.k.shape[1] * (1 if table is None else table.shape[1])
+        lengths = (packed.cu_seqlens_q, packed.cu_seqlens_k, packed.seqused_k)
+        return *(None if x is None else x.contiguous() for x in lengths), self.q.shape[1], total_k
 
     @property
     def scale(self) -> float:
@@ -73,7 +120,7 @@ class Problem:
             *(_broadcast_strides(bias) if bias is not None else (0, 0, 0, 0)),
             slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
             slopes.stride(-1) if slopes is not None else 0,
-            *(mask.stride() if mask is not None else (0, 0)),
+            *(self.strides(mask) if mask is not None else (0, 0)),
             self.shift,
             min(self.window_left, FAR),
             min(self.window_right, FAR),
@@ -81,6 +128,7 @@ class Problem:
             self.softcap,
             math.ceil(self.dropout_p * 2**32),
             1.0 / (1.0 - self.dropout_p) if self.dropout_p < 1.0 else 0.0,
+            *self.sequences(),
         )
 
     def constants(self) -> dict[str, Any]:
@@ -98,6 +146,8 @@ class Problem:
             "KEY_MASK": self.key_mask is not None,
             "DROPOUT": self.dropout_p != 0.0,
             "PRECISION": "tf32" if device.allows_tf32(self.q) else "ieee",
+            "VARLEN": self.packed is not None,
+            "USED": self.packed is not None and self.packed.seqused_k is not None,
         }
 
 
@@ -139,7 +189,7 @@ def walked(x: Tensor, block: int) -> Walked:
         return BY_POINTERS
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    per_batch, per_head = stride_b // stride_s, 0 if heads_in_row else stride_h // stride_s
+    per_batch, per_head = stride_b // stride_s if batch > 1 else 0, 0 if heads_in_row else stride_h // stride_s
     cols_per_head = stride_h if heads_in_row else 0
     rows = (batch - 1) * per_batch + (nheads - 1) * per_head + seqlen
     cols = (nheads - 1) * cols_per_head + head_dim
@@ -161,4 +211,4 @@ def tensors_of(problem: Problem, held: Held, *outputs: Any) -> tuple[Any, ...]:
     """The tensors of a kernel of the backward, then the strides of those that have any."""
     do, lse2, delta = held
     q, k, v = problem.q, problem.k, problem.v
-    return q, k, v, do, lse2, delta, *outputs, *q.stride(), *k.stride(), *v.stride(), *do.stride()
+    return q, k, v, do, lse2, delta, *outputs, *(stride for x in (q, k, v, do) for stride in problem.strides(x))

@@ -46,6 +46,54 @@ def walked_tile(
 
 
 @triton.jit
+def pages_of(page_table_ptrs, key, there, page_size, pages):
+    """The page of each key and its place there; which pages exist. Entries past the stored keys are not looked at."""
+    page = tl.load(page_table_ptrs + key // page_size, mask=there, other=0)
+    return page.to(tl.int64), (key % page_size).to(tl.int64), (page >= 0) & (page < pages)
+
+
+@triton.jit
+def paged_tile(
+    base, page, place, read, stride_p, stride_s, stride_d, SIZE: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The tile (TOKENS, BLOCK_D) of keys at places in pages, those to `read`; 0 elsewhere and past SIZE features."""
+    feature = tl.arange(0, BLOCK_D)[None, :]
+    ptrs = base + (page * stride_p + place * stride_s)[:, None] + feature.to(tl.int64) * stride_d
+    return load_tile(ptrs, read[:, None], feature < SIZE, True, SIZE != BLOCK_D)
+
+
+@triton.jit
+def sequence_of(
+    batch, cu_q_ptr, cu_k_ptr, used_k_ptr, total_q, total_k, longest_q, longest_k, aligned,
+    USED: tl.constexpr, PAGED: tl.constexpr,
+):  # fmt: skip
+    """The first query of a packed sequence, its queries, its first key, its keys, its shift.
+
+    Whatever the lengths in memory say, what is read lies inside the tensors. total_k: with PAGED what a row of the page
+    table can hold. aligned: 1 to the bottom right, else 0.
+    """
+    first_q = tl.minimum(tl.maximum(tl.load(cu_q_ptr + batch), 0), total_q)
+    end_q = tl.minimum(tl.load(cu_q_ptr + batch + 1), total_q)
+    seqlen_q = tl.maximum(tl.minimum(end_q - first_q, longest_q), 0)
+    if PAGED:
+        first_k = first_q * 0
+        if USED:
+            seqlen_k = tl.load(used_k_ptr + batch)
+        else:
+            seqlen_k = tl.load(cu_k_ptr + batch + 1) - tl.load(cu_k_ptr + batch)
+        seqlen_k = tl.minimum(seqlen_k, total_k)
+    else:
+        first_k = tl.minimum(tl.maximum(tl.load(cu_k_ptr + batch), 0), total_k)
+        seqlen_k = tl.minimum(tl.load(cu_k_ptr + batch + 1), total_k) - first_k
+        if USED:
+            seqlen_k = tl.minimum(seqlen_k, tl.load(used_k_ptr + batch))
+    seqlen_k = tl.maximum(tl.minimum(seqlen_k, longest_k), 0)
+    shift = aligned * (seqlen_k - seqlen_q)
+    return first_q.to(tl.int64), seqlen_q, first_k.to(tl.int64), seqlen_k, shift
+
+
+@triton.jit
 def seen_range(
     first, last, shift_left, shift_right, length, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
