@@ -74,51 +74,59 @@ def _delta_kernel(
 
 @triton.jit
 def _walk_queries(
-    dk, dv, k, v, q_base, do_base, q_desc, do_desc, q_row, q_col, do_row, do_col, lse2_ptrs, delta_ptrs, bias_ptrs,
-    rng_ptr, start, inner_start, inner_end, end, seqlen_q, stride_qs, stride_qd, stride_ds, stride_dd, stride_bq,
-            col, seen, first_col, sheet,
-    slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    dk, dv, k, v, q_ptr, do_ptr, q_desc, do_desc, q_row, q_per_head, q_col_head, do_row, do_per_head, do_col_head,
+    lse2_ptr, delta_ptr, bias_ptr, slopes_ptr, rng_ptr,
+    start, count, inner_start, inner_end, seqlen_q, lse_head, first_head, first_sheet,
+    stride_qs, stride_qh, stride_qd, stride_ds, stride_dh, stride_dd, stride_bh, stride_bq, stride_bk, stride_ah,
+    col, col_read, seen, first_col, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+    CUT: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Queries from start to end of one head, inner ones without masks; tiles are transposed, (BLOCK_N, BLOCK_M).
+    """`count` blocks of queries of each head of the group, one head after the other, in one loop.
 
-    EVEN: there are no queries past the end in the last block.
+    Tiles are transposed, (BLOCK_N, BLOCK_M). CUT: the sequence ends inside the block. Pointers are to the batch,
+    first_head and first_sheet to the group; lse_head is from one head to the next in lse2 and delta.
     """
     lane = tl.arange(0, BLOCK_M)
-    for first in tl.range(start, end, BLOCK_M, num_stages=STAGES):
+    for step in tl.range(0, GROUP * count, num_stages=STAGES):
+        member = 0
+        if GROUP > 1:
+            member = step // count
+        first = start + (step - member * count) * BLOCK_M
+        head = first_head + member
         row = first + lane
         there = row < seqlen_q
-        ahead = tl.cast(first, tl.int64)
         q = walked_tile(
-            q_base,
-            q_desc,
-            first,
-            stride_qs,
-            stride_qd,
-            q_row,
-            q_col,
-            seqlen_q,
-            HEAD_DIM,
-            BLOCK_M,
-            BLOCK_D,
-            not EVEN,
-            TMA,
-        )
+            q_ptr + head * stride_qh, q_desc, first, stride_qs, stride_qd,
+            q_row + member * q_per_head, (head * q_col_head).to(tl.int32),
+            seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D, CUT, TMA,
+        )  # fmt: skip
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        do = walked_tile(
+            do_ptr + head * stride_dh, do_desc, first, stride_ds, stride_dd,
+            do_row + member * do_per_head, (head * do_col_head).to(tl.int32),
+            seqlen_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, CUT, TMA,
+        )  # fmt: skip
+        delta_ptrs = delta_ptr + member * lse_head + first + lane
+        delta = tl.load(delta_ptrs, mask=there, other=0.0) if CUT else tl.load(delta_ptrs)
+        # Before p: then dv's product runs while ds is computed.
+        if DROPOUT:
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        else:
+            less_delta = tl.zeros((BLOCK_N, BLOCK_M), tl.float32) - delta[None, :]
+            dp = tl.dot(v, tl.trans(do), less_delta, input_precision=PRECISION)
         bias = 0.0
         if BIAS:
-            bias_tile = bias_ptrs + ahead * stride_bq
-            bias = tl.load(bias_tile) if EVEN else tl.load(bias_tile, mask=there[None, :], other=0.0)
-        if EVEN:
-            lse2 = tl.load(lse2_ptrs + first)
-            delta = tl.load(delta_ptrs + first)
-        else:
-            lse2 = tl.load(lse2_ptrs + first, mask=there, other=float("inf"))
-            delta = tl.load(delta_ptrs + first, mask=there, other=0.0)
+            bias_ptrs = bias_ptr + head * stride_bh + tl.cast(first, tl.int64) * stride_bq
+            bias_ptrs = bias_ptrs + col_read[:, None] * stride_bk + lane[None, :].to(tl.int64) * stride_bq
+            bias = tl.load(bias_ptrs, mask=there[None, :], other=0.0) if CUT else tl.load(bias_ptrs)
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(slopes_ptr + head * stride_ah) * LOG2_E
+        lse2_ptrs = lse2_ptr + member * lse_head + first + lane
+        lse2 = tl.load(lse2_ptrs, mask=there, other=float("inf")) if CUT else tl.load(lse2_ptrs)
         p, cap_slope = weights(
             s, row[None, :], col[:, None], seen, lse2[None, :], shift, window_left, window_right, scale, softcap,
             slope, bias, False, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
@@ -126,19 +134,14 @@ def _walk_queries(
         if LEFT or RIGHT:
             if (first < inner_start) | (first >= inner_end):
                 p = tl.where(visible(row[None, :], col[:, None], shift, window_left, window_right, LEFT, RIGHT), p, 0.0)
-        do = walked_tile(
-            do_base, do_desc, first, stride_ds, stride_dd, do_row, do_col, seqlen_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV,
-            not EVEN, TMA,
-        )  # fmt: skip
         weight = p
         if DROPOUT:
-            keep = kept(rng_ptr, threshold, sheet, row, first_col, BLOCK_M, BLOCK_N, True)
+            keep = kept(rng_ptr, threshold, first_sheet + member, row, first_col, BLOCK_M, BLOCK_N, True)
             weight = tl.where(keep, p * kept_scale, 0.0)
         dv = tl.dot(weight.to(do.dtype), do, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if DROPOUT:
-            dp = tl.where(keep, dp * kept_scale, 0.0)
-        ds = p * (dp - delta[None, :])
+            dp = tl.where(keep, dp * kept_scale, 0.0) - delta[None, :]
+        ds = p * dp
         if SOFTCAP:
             ds *= cap_slope
         if BIAS or KEY_MASK or LEFT or RIGHT:
@@ -189,7 +192,6 @@ def _keys_bwd_kernel(
     col_read = tl.minimum(col, seqlen_k - 1).to(tl.int64)  # keys past the end are computed with, and not stored
     feature = tl.arange(0, BLOCK_D)
     feature_v = tl.arange(0, BLOCK_DV)
-    lane = tl.arange(0, BLOCK_M).to(tl.int64)
     k = load_tile(
         k_ptr + batch * stride_kb + kv_head * stride_kh
         + col_read[:, None] * stride_ks + feature[None, :].to(tl.int64) * stride_kd,
@@ -208,35 +210,40 @@ def _keys_bwd_kernel(
     start, inner_start, inner_end, end = seen_range(
         first_col, last_col, window_right + shift, window_left - shift, seqlen_q, RIGHT, LEFT, BLOCK_M
     )
+    first_head = kv_head * GROUP
+    first_sheet = batch * nheads_q + first_head
+    if VARLEN:
+        lse_at, lse_head = first_head * total_q + first_q, tl.cast(total_q, tl.int64)
+    else:
+        lse_at, lse_head = first_sheet * seqlen_q, tl.cast(seqlen_q, tl.int64)
+    q_row = (batch * q_per_batch + first_head * q_per_head).to(tl.int32)
+    do_row = (batch * do_per_batch + first_head * do_per_head).to(tl.int32)
+    if VARLEN:
+        q_row += first_q.to(tl.int32)
+        do_row += first_q.to(tl.int32)
+    whole_end = tl.cdiv(end, BLOCK_M) * BLOCK_M
+    if not EVEN:
+        whole_end = tl.maximum(tl.minimum(whole_end, seqlen_q // BLOCK_M * BLOCK_M), start)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
-    for member in range(0, GROUP):
-        head = kv_head * GROUP + member
-        sheet = batch * nheads_q + head
-        q_base = q_ptr + batch * stride_qb + head * stride_qh
-        do_base = do_ptr + batch * stride_db + head * stride_dh
-        q_row, q_col = (batch * q_per_batch + head * q_per_head).to(tl.int32), (head * q_col_head).to(tl.int32)
-        do_row, do_col = (batch * do_per_batch + head * do_per_head).to(tl.int32), (head * do_col_head).to(tl.int32)
-        if VARLEN:
-            row_at = head * total_q + first_q
-        else:
-            row_at = sheet * seqlen_q
-        lse2_ptrs = lse2_ptr + row_at + lane
-        delta_ptrs = delta_ptr + row_at + lane
-        bias_ptrs = bias_ptr
-        if BIAS:
-            bias_ptrs = bias_ptr + batch * stride_bb + head * stride_bh
-            bias_ptrs = bias_ptrs + col_read[:, None] * stride_bk + lane[None, :] * stride_bq
-        slope = 0.0
-        if ALIBI:
-            slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah) * LOG2_E
+    # Whole blocks, then the one that the end of the sequence cuts, in parts that take fewer registers.
+    TAIL: tl.constexpr = max(BLOCK_M // 2, 16)
+    for part in tl.static_range(0, 1 if EVEN else 2):
+        first = start if part == 0 else whole_end
+        last = whole_end if part == 0 else end
         dk, dv = _walk_queries(
-            dk, dv, k, v, q_base, do_base, q_desc, do_desc, q_row, q_col, do_row, do_col, lse2_ptrs, delta_ptrs,
-            bias_ptrs, rng_ptr, start, inner_start, inner_end, end,
-            seqlen_q, stride_qs, stride_qd, stride_ds, stride_dd, stride_bq, col, seen, first_col, sheet,
-            slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT, PRECISION,
-            TMA, EVEN, BLOCK_M, BLOCK_N, STAGES,
+            dk, dv, k, v, q_ptr + batch * stride_qb, do_ptr + batch * stride_db, q_desc, do_desc,
+            q_row, q_per_head, q_col_head, do_row, do_per_head, do_col_head,
+            lse2_ptr + lse_at, delta_ptr + lse_at, bias_ptr + batch * stride_bb if BIAS else bias_ptr,
+            slopes_ptr + batch * stride_ab if ALIBI else slopes_ptr, rng_ptr,
+            first, tl.maximum(tl.cdiv(last - first, BLOCK_M if part == 0 else TAIL), 0), inner_start, inner_end,
+            seqlen_q,
+            lse_head, first_head, first_sheet,
+            stride_qs, stride_qh, stride_qd, stride_ds, stride_dh, stride_dd, stride_bh, stride_bq, stride_bk,
+            stride_ah,
+            col, col_read, seen, first_col, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+            part == 1, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
+            DROPOUT, PRECISION, TMA, BLOCK_M if part == 0 else TAIL, BLOCK_N, STAGES if part == 0 else 1,
         )  # fmt: skip
     if VARLEN:
         token = first_k
@@ -264,22 +271,23 @@ def _walk_keys(
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Keys from start to end; keys past the last are zeros, which add nothing to dq."""
+    """Keys from start to end; keys past the last, of which EVEN has none, are zeros, which add nothing to dq."""
+    CUT: tl.constexpr = EDGE and not EVEN
     lane = tl.arange(0, BLOCK_N)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         col = first + lane
         there = col < seqlen_k
         ahead = tl.cast(first, tl.int64)
         k = walked_tile(
-            k_base, k_desc, first, stride_ks, stride_kd, k_row, k_col, seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE, TMA
+            k_base, k_desc, first, stride_ks, stride_kd, k_row, k_col, seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, CUT, TMA
         )
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         bias = 0.0
         if BIAS:
             bias_tile = bias_ptrs + ahead * stride_bk
-            bias = tl.load(bias_tile, mask=there[None, :], other=0.0) if EDGE else tl.load(bias_tile)
+            bias = tl.load(bias_tile, mask=there[None, :], other=0.0) if CUT else tl.load(bias_tile)
         seen = there[None, :]
         if KEY_MASK:  # what is masked may hold anything
             key_seen = tl.load(key_mask_ptrs + ahead * stride_mk, mask=there, other=0) != 0
@@ -290,7 +298,7 @@ def _walk_keys(
             slope, bias, EDGE, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
         )  # fmt: skip
         v = walked_tile(
-            v_base, v_desc, first, stride_vs, stride_vd, v_row, v_col, seqlen_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV, EDGE,
+            v_base, v_desc, first, stride_vs, stride_vd, v_row, v_col, seqlen_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV, CUT,
             TMA,
         )  # fmt: skip
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -320,7 +328,7 @@ def _queries_bwd_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    VARLEN: tl.constexpr, USED: tl.constexpr, TMA: tl.constexpr,
+    VARLEN: tl.constexpr, USED: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head."""
@@ -389,8 +397,8 @@ def _queries_bwd_kernel(
         first_row, last_row, window_left - shift, window_right + shift, seqlen_k, LEFT, RIGHT, BLOCK_N
     )
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    # Before the inner blocks (only a window has such), those, and after them.
-    for part in tl.static_range(0 if LEFT else 1, 3):
+    # Before the inner blocks (only a window has such), those, and after them (only without a mask there are none).
+    for part in tl.static_range(0 if LEFT else 1, 3 if LEFT or RIGHT or not EVEN else 2):
         first = start if part == 0 else inner_start if part == 1 else inner_end
         last = inner_start if part == 0 else inner_end if part == 1 else end
         dq = _walk_keys(
@@ -399,7 +407,7 @@ def _queries_bwd_kernel(
             first, last, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
             slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
             part != 1, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT,
-            PRECISION, TMA, BLOCK_M, BLOCK_N, STAGES,
+            PRECISION, TMA, BLOCK_M, BLOCK_N, EVEN, STAGES,
         )  # fmt: skip
     if VARLEN:
         token = first_q
@@ -494,18 +502,18 @@ def _delta_of(
     return delta, lse2, sink_part
 
 
-def _walked(config: BackwardConfig, fits: bool, *tensors: tuple[Tensor, int]) -> tuple[bool, list[Any]]:
+def _walked(config: BackwardConfig, *tensors: tuple[Tensor, int]) -> tuple[bool, list[Any]]:
     """Whether tensors go by TMA, all or none, and the kernel's arguments for that."""
     found = [walked(x, block) for x, block in tensors]
-    tma = config.tma and fits and all(one.descriptor is not None for one in found)
+    tma = config.tma and all(one.descriptor is not None for one in found)
     return tma, [argument for one in found for argument in (one if tma else BY_POINTERS).arguments]
 
 
 def _launch_keys(problem: Problem, held: Held, dk: Tensor, dv: Tensor, config: BackwardConfig) -> None:
     seqlen_q, seqlen_k, nheads_q, nheads_kv = problem.seqlen_q, problem.seqlen_k, problem.q.shape[2], problem.k.shape[2]
     # Else the last block reaches into the next sequence.
-    even = problem.packed is None and seqlen_q % config.block_m == 0
-    tma, descriptors = _walked(config, even, (problem.q, config.block_m), (held[0], config.block_m))
+    even = problem.even_queries(config.block_m)
+    tma, descriptors = _walked(config, (problem.q, config.block_m), (held[0], config.block_m))
     if not (programs := problem.batch * nheads_kv * triton.cdiv(seqlen_k, config.block_n)):
         return
     _keys_bwd.launch(
@@ -525,7 +533,7 @@ def _launch_queries(problem: Problem, held: Held, dq: Tensor, config: BackwardCo
     seqlen_q, seqlen_k, nheads_q = problem.seqlen_q, problem.seqlen_k, problem.q.shape[2]
     if not (programs := problem.batch * nheads_q * triton.cdiv(seqlen_q, config.block_m)):
         return
-    tma, descriptors = _walked(config, True, (problem.k, config.block_n), (problem.v, config.block_n))
+    tma, descriptors = _walked(config, (problem.k, config.block_n), (problem.v, config.block_n))
     _queries_bwd.launch(
         (programs, 1, 1),
         problem.q.device,
@@ -534,6 +542,12 @@ def _launch_queries(problem: Problem, held: Held, dq: Tensor, config: BackwardCo
             seqlen_q, seqlen_k, nheads_q, problem.softmax_scale, *problem.options(),
         ),
         problem.constants()
-        | {"TMA": tma, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.num_stages},
+        | {
+            "TMA": tma,
+            "EVEN": problem.even_keys(config.block_n),
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "STAGES": config.num_stages,
+        },
         num_warps=config.num_warps,
     )  # fmt: skip

@@ -73,71 +73,44 @@ def _width(q: Tensor, v: Tensor) -> int:
     return 64 if size <= 64 else 128 if size <= 128 else 256
 
 
-# By machine, width and whether later keys are masked; none spills registers. The figures are an H200's, in bf16, at
-# 4096 queries and keys; entries without one have not been measured.
+# By machine and width; none spills registers. The figures are an H200's, in bf16, at 4096 queries and keys, without a
+# mask and causal; entries without one have not been measured.
 _FORWARD = {
-    ("hopper", 64, False): ForwardConfig(64, 64, 4, 3, tma=False),  # 457 TFLOP/s
-    ("hopper", 64, True): ForwardConfig(64, 64, 4, 3, tma=False),  # 389
-    ("hopper", 128, False): ForwardConfig(128, 128, 8, 3),  # 488
-    ("hopper", 128, True): ForwardConfig(64, 64, 4, 3, tma=False),  # 445
-    ("hopper", 256, False): ForwardConfig(128, 32, 8, 2),
-    ("hopper", 256, True): ForwardConfig(128, 32, 8, 2),
-    ("ampere", 64, False): ForwardConfig(64, 64, 4, 3),
-    ("ampere", 64, True): ForwardConfig(64, 64, 4, 3),
-    ("ampere", 128, False): ForwardConfig(128, 64, 8, 2),
-    ("ampere", 128, True): ForwardConfig(128, 64, 8, 2),
-    ("ampere", 256, False): ForwardConfig(64, 32, 8, 1),
-    ("ampere", 256, True): ForwardConfig(64, 32, 8, 1),
-    ("amd", 64, False): ForwardConfig(128, 64, 4, 1),
-    ("amd", 64, True): ForwardConfig(128, 64, 4, 1),
-    ("amd", 128, False): ForwardConfig(128, 64, 4, 1),
-    ("amd", 128, True): ForwardConfig(128, 64, 4, 1),
-    ("amd", 256, False): ForwardConfig(64, 32, 4, 1),
-    ("amd", 256, True): ForwardConfig(64, 32, 4, 1),
+    ("hopper", 64): ForwardConfig(64, 128, 4, 2),  # 481 and 419 TFLOP/s
+    ("hopper", 128): ForwardConfig(64, 64, 4, 3),  # 539 and 475; causal with Schedule.DYNAMIC 487
+    ("hopper", 256): ForwardConfig(64, 64, 8, 2),
+    ("ampere", 64): ForwardConfig(64, 64, 4, 3),
+    ("ampere", 128): ForwardConfig(128, 64, 8, 2),
+    ("ampere", 256): ForwardConfig(64, 32, 8, 1),
+    ("amd", 64): ForwardConfig(128, 64, 4, 1),
+    ("amd", 128): ForwardConfig(128, 64, 4, 1),
+    ("amd", 256): ForwardConfig(64, 32, 4, 1),
 }
 _FORWARD_FP32 = {64: ForwardConfig(64, 32, 4, 1), 128: ForwardConfig(32, 32, 4, 1), 256: ForwardConfig(16, 16, 4, 1)}
 
 # For dk and dv: keys are held, queries walked.
 _BACKWARD_KEYS = {
-    ("hopper", 64, False): BackwardConfig(64, 64, 4, 2, tma=False),
-    ("hopper", 64, True): BackwardConfig(64, 64, 4, 2, tma=False),
-    ("hopper", 128, False): BackwardConfig(64, 128, 8, 2),
-    ("hopper", 128, True): BackwardConfig(64, 64, 8, 2),
-    ("hopper", 256, False): BackwardConfig(32, 32, 8, 1),
-    ("hopper", 256, True): BackwardConfig(32, 32, 8, 1),
-    ("ampere", 64, False): BackwardConfig(32, 64, 4, 2),
-    ("ampere", 64, True): BackwardConfig(32, 64, 4, 2),
-    ("ampere", 128, False): BackwardConfig(64, 64, 8, 1),
-    ("ampere", 128, True): BackwardConfig(64, 64, 8, 1),
-    ("ampere", 256, False): BackwardConfig(16, 32, 8, 1),
-    ("ampere", 256, True): BackwardConfig(16, 32, 8, 1),
-    ("amd", 64, False): BackwardConfig(64, 64, 4, 1),
-    ("amd", 64, True): BackwardConfig(64, 64, 4, 1),
-    ("amd", 128, False): BackwardConfig(32, 64, 4, 1),
-    ("amd", 128, True): BackwardConfig(32, 64, 4, 1),
-    ("amd", 256, False): BackwardConfig(16, 32, 4, 1),
-    ("amd", 256, True): BackwardConfig(16, 32, 4, 1),
+    ("hopper", 64): BackwardConfig(64, 64, 4, 2),  # 1.86 and 1.03 ms
+    ("hopper", 128): BackwardConfig(64, 64, 4, 2),  # 1.63 and 0.89 ms
+    ("hopper", 256): BackwardConfig(32, 64, 8, 2),
+    ("ampere", 64): BackwardConfig(32, 64, 4, 2),
+    ("ampere", 128): BackwardConfig(64, 64, 8, 1),
+    ("ampere", 256): BackwardConfig(16, 32, 8, 1),
+    ("amd", 64): BackwardConfig(64, 64, 4, 1),
+    ("amd", 128): BackwardConfig(32, 64, 4, 1),
+    ("amd", 256): BackwardConfig(16, 32, 4, 1),
 }
 # For dq: queries are held, keys walked.
 _BACKWARD_QUERIES = {
-    ("hopper", 64, False): BackwardConfig(64, 64, 4, 3, tma=False),
-    ("hopper", 64, True): BackwardConfig(64, 64, 4, 3, tma=False),
-    ("hopper", 128, False): BackwardConfig(64, 64, 4, 2),
-    ("hopper", 128, True): BackwardConfig(64, 64, 4, 2),
-    ("hopper", 256, False): BackwardConfig(32, 32, 8, 1),
-    ("hopper", 256, True): BackwardConfig(32, 32, 8, 1),
-    ("ampere", 64, False): BackwardConfig(64, 64, 4, 2),
-    ("ampere", 64, True): BackwardConfig(64, 64, 4, 2),
-    ("ampere", 128, False): BackwardConfig(64, 32, 4, 1),
-    ("ampere", 128, True): BackwardConfig(64, 32, 4, 1),
-    ("ampere", 256, False): BackwardConfig(32, 32, 8, 1),
-    ("ampere", 256, True): BackwardConfig(32, 32, 8, 1),
-    ("amd", 64, False): BackwardConfig(64, 64, 4, 1),
-    ("amd", 64, True): BackwardConfig(64, 64, 4, 1),
-    ("amd", 128, False): BackwardConfig(64, 32, 4, 1),
-    ("amd", 128, True): BackwardConfig(64, 32, 4, 1),
-    ("amd", 256, False): BackwardConfig(32, 16, 4, 1),
-    ("amd", 256, True): BackwardConfig(32, 16, 4, 1),
+    ("hopper", 64): BackwardConfig(64, 64, 4, 3),  # 1.31 and 0.72 ms
+    ("hopper", 128): BackwardConfig(64, 64, 4, 2),  # 1.32 and 0.76 ms
+    ("hopper", 256): BackwardConfig(64, 64, 8, 2),
+    ("ampere", 64): BackwardConfig(64, 64, 4, 2),
+    ("ampere", 128): BackwardConfig(64, 32, 4, 1),
+    ("ampere", 256): BackwardConfig(32, 32, 8, 1),
+    ("amd", 64): BackwardConfig(64, 64, 4, 1),
+    ("amd", 128): BackwardConfig(64, 32, 4, 1),
+    ("amd", 256): BackwardConfig(32, 16, 4, 1),
 }
 _BACKWARD_FP32 = {
     64: BackwardConfig(32, 32, 4, 1),
@@ -167,21 +140,21 @@ def forward_config(problem: Problem) -> ForwardConfig:
     width = _width(problem.q, problem.v)
     if problem.q.dtype is torch.float32:
         return _FORWARD_FP32[width]
-    return _FORWARD[_machine(problem.q), width, problem.window_right >= 0]
+    return _FORWARD[_machine(problem.q), width]
 
 
 def backward_keys_config(problem: Problem) -> BackwardConfig:
     width = _width(problem.q, problem.v)
     if problem.q.dtype is torch.float32:
         return _BACKWARD_FP32[width]
-    return _BACKWARD_KEYS[_machine(problem.q), width, problem.window_right >= 0]
+    return _BACKWARD_KEYS[_machine(problem.q), width]
 
 
 def backward_queries_config(problem: Problem) -> BackwardConfig:
     width = _width(problem.q, problem.v)
     if problem.q.dtype is torch.float32:
         return _BACKWARD_FP32[width]
-    return _BACKWARD_QUERIES[_machine(problem.q), width, problem.window_right >= 0]
+    return _BACKWARD_QUERIES[_machine(problem.q), width]
 
 
 def backward_bias_config(problem: Problem) -> BackwardConfig:

@@ -43,10 +43,11 @@ def _attend(
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     PAGED: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The keys from start to end; in EDGE blocks some are unseen, or do not exist."""
+    """The keys from start to end; in EDGE blocks some are unseen or, unless EVEN, do not exist."""
     PLAIN: tl.constexpr = not (SOFTCAP or ALIBI or BIAS)
+    CUT: tl.constexpr = EDGE and not EVEN
     lane = tl.arange(0, BLOCK_N)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         col = first + lane
@@ -59,7 +60,7 @@ def _attend(
             )
         else:
             k = walked_tile(
-                k_base, k_desc, first, stride_ks, stride_kd, k_row, k_col, seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE,
+                k_base, k_desc, first, stride_ks, stride_kd, k_row, k_col, seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, CUT,
                 TMA,
             )  # fmt: skip
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -69,14 +70,14 @@ def _attend(
             bias = 0.0
             if BIAS:
                 bias_tile = bias_ptrs + ahead * stride_bk
-                bias = tl.load(bias_tile, mask=(col < seqlen_k)[None, :], other=0.0) if EDGE else tl.load(bias_tile)
+                bias = tl.load(bias_tile, mask=(col < seqlen_k)[None, :], other=0.0) if CUT else tl.load(bias_tile)
             s, _ = adjusted_scores(
                 s, row[:, None], col[None, :], shift, scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS
             )
-        if EDGE:
-            seen = (col < seqlen_k)[None, :]
-            if LEFT or RIGHT:
-                seen = seen & visible(row[:, None], col[None, :], shift, window_left, window_right, LEFT, RIGHT)
+        if CUT:
+            s = tl.where((col < seqlen_k)[None, :], s, -float("inf"))
+        if EDGE and (LEFT or RIGHT):
+            seen = visible(row[:, None], col[None, :], shift, window_left, window_right, LEFT, RIGHT)
             s = tl.where(seen, s, -float("inf"))
         if KEY_MASK:
             key_seen = tl.load(key_mask_ptrs + ahead * stride_mk, mask=col < seqlen_k, other=0) != 0
@@ -100,7 +101,7 @@ def _attend(
         else:
             v = walked_tile(
                 v_base, v_desc, first, stride_vs, stride_vd, v_row, v_col, seqlen_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV,
-                EDGE, TMA,
+                CUT, TMA,
             )  # fmt: skip
         if KEY_MASK:  # what is masked may hold anything
             v = tl.where(key_seen[:, None], v, 0.0)
@@ -125,7 +126,8 @@ def _tile(
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     VARLEN: tl.constexpr, USED: tl.constexpr, PAGED: tl.constexpr, TMA: tl.constexpr,
-    SINK: tl.constexpr, SIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    SINK: tl.constexpr, SIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile: BLOCK_M queries of one head."""
     blocks = tl.cdiv(seqlen_q, BLOCK_M)
@@ -192,8 +194,8 @@ def _tile(
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    # Before the inner blocks (only a window has such), those, and after them.
-    for part in tl.static_range(0 if LEFT else 1, 3):
+    # Before the inner blocks (only a window has such), those, and after them (only without a mask there are none).
+    for part in tl.static_range(0 if LEFT else 1, 3 if LEFT or RIGHT or not EVEN else 2):
         first = start if part == 0 else inner_start if part == 1 else inner_end
         last = inner_start if part == 0 else inner_end if part == 1 else end
         acc, largest, total = _attend(
@@ -202,7 +204,7 @@ def _tile(
             first, last, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
             slope, shift, window_left, window_right, scale, softcap, threshold,
             part != 1, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
-            DROPOUT, PRECISION, PAGED, TMA, BLOCK_M, BLOCK_N, STAGES,
+            DROPOUT, PRECISION, PAGED, TMA, BLOCK_M, BLOCK_N, EVEN, STAGES,
         )  # fmt: skip
     if SINK:
         acc, largest, total = with_sink(acc, largest, total, tl.load(sink_ptr + head))
@@ -254,7 +256,7 @@ def _fwd_kernel(
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     VARLEN: tl.constexpr, USED: tl.constexpr, PAGED: tl.constexpr, TMA: tl.constexpr,
     SINK: tl.constexpr, SIGNED: tl.constexpr, SCHEDULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program takes one tile; or every so-many-th; or, SCHEDULE "dynamic", the next one that nobody has taken."""
     tile = tl.program_id(0)
@@ -275,7 +277,7 @@ def _fwd_kernel(
             shift, window_left, window_right, scale, softcap, threshold, kept_scale,
             cu_q_ptr, cu_k_ptr, used_k_ptr, total_q, total_k,
             GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT,
-            PRECISION, VARLEN, USED, PAGED, TMA, SINK, SIGNED, BLOCK_M, BLOCK_N, STAGES,
+            PRECISION, VARLEN, USED, PAGED, TMA, SINK, SIGNED, BLOCK_M, BLOCK_N, EVEN, STAGES,
         )  # fmt: skip
     else:
         while tile < tiles:
@@ -290,7 +292,7 @@ def _fwd_kernel(
                 shift, window_left, window_right, scale, softcap, threshold, kept_scale,
                 cu_q_ptr, cu_k_ptr, used_k_ptr, total_q, total_k,
                 GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT,
-                PRECISION, VARLEN, USED, PAGED, TMA, SINK, SIGNED, BLOCK_M, BLOCK_N, STAGES,
+                PRECISION, VARLEN, USED, PAGED, TMA, SINK, SIGNED, BLOCK_M, BLOCK_N, EVEN, STAGES,
             )  # fmt: skip
             if SCHEDULE == "dynamic":
                 tile = tl.atomic_add(counter_ptr, 1, sem="relaxed")
@@ -351,6 +353,7 @@ def run(problem: Problem, config: ForwardConfig) -> tuple[Tensor, Tensor]:
             "SCHEDULE": config.schedule.value,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
+            "EVEN": problem.even_keys(config.block_n),
             "STAGES": config.num_stages,
         },
         num_warps=config.num_warps,

@@ -81,6 +81,13 @@ class Problem:
             return int(self.bottom_right)
         return self.k.shape[1] - self.q.shape[1] if self.bottom_right else 0
 
+    def even_queries(self, block: int) -> bool:
+        """Whether blocks of queries end where their sequence does, always."""
+        return self.packed is None and self.q.shape[1] % block == 0
+
+    def even_keys(self, block: int) -> bool:
+        return self.packed is None and self.k.shape[1] % block == 0
+
     def strides(self, x: Tensor) -> tuple[int, ...]:
         """Of q, k, v, or what has their shape: sequences that are packed lie where cu_seqlens says, pages anywhere."""
         return x.stride() if self.packed is None else (0, *x.stride()[1:])
