@@ -35,6 +35,7 @@ from onepass.ops.attention.triton.tile import (
     visible,
     walked_tile,
     weights,
+    whole_blocks,
 )
 
 
@@ -128,7 +129,7 @@ def _walk_queries(
         lse2_ptrs = lse2_ptr + member * lse_head + first + lane
         lse2 = tl.load(lse2_ptrs, mask=there, other=float("inf")) if CUT else tl.load(lse2_ptrs)
         p, cap_slope = weights(
-            s, row[None, :], col[:, None], seen, lse2[None, :], shift, window_left, window_right, scale, softcap,
+            s, row[None, :], col[:, None], first, seen, lse2[None, :], shift, window_left, window_right, scale, softcap,
             slope, bias, False, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
         )  # fmt: skip
         if LEFT or RIGHT:
@@ -221,9 +222,7 @@ def _keys_bwd_kernel(
     if VARLEN:
         q_row += first_q.to(tl.int32)
         do_row += first_q.to(tl.int32)
-    whole_end = tl.cdiv(end, BLOCK_M) * BLOCK_M
-    if not EVEN:
-        whole_end = tl.maximum(tl.minimum(whole_end, seqlen_q // BLOCK_M * BLOCK_M), start)
+    whole_end = whole_blocks(end, start, seqlen_q, EVEN, BLOCK_M)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     # Whole blocks, then the one that the end of the sequence cuts, in parts that take fewer registers.
@@ -267,14 +266,13 @@ def _walk_keys(
     dq, q, do, lse2, delta, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs, key_mask_ptrs,
     rng_ptr, start, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
     slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
-    EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    EDGE: tl.constexpr, CUT: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Keys from start to end; keys past the last, of which EVEN has none, are zeros, which add nothing to dq."""
-    CUT: tl.constexpr = EDGE and not EVEN
+    """Keys from start to end; keys past the last, which CUT blocks have, are zeros, which add nothing to dq."""
     lane = tl.arange(0, BLOCK_N)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         col = first + lane
@@ -294,7 +292,7 @@ def _walk_keys(
             seen = key_seen[None, :]
             k = tl.where(key_seen[:, None], k, 0.0)
         p, cap_slope = weights(
-            s, row[:, None], col[None, :], seen, lse2[:, None], shift, window_left, window_right, scale, softcap,
+            s, row[:, None], col[None, :], first, seen, lse2[:, None], shift, window_left, window_right, scale, softcap,
             slope, bias, EDGE, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
         )  # fmt: skip
         v = walked_tile(
@@ -397,18 +395,20 @@ def _queries_bwd_kernel(
         first_row, last_row, window_left - shift, window_right + shift, seqlen_k, LEFT, RIGHT, BLOCK_N
     )
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    # Before the inner blocks (only a window has such), those, and after them (only without a mask there are none).
-    for part in tl.static_range(0 if LEFT else 1, 3 if LEFT or RIGHT or not EVEN else 2):
-        first = start if part == 0 else inner_start if part == 1 else inner_end
-        last = inner_start if part == 0 else inner_end if part == 1 else end
-        dq = _walk_keys(
-            dq, q, do, lse2, delta, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
-            key_mask_ptrs, rng_ptr,
-            first, last, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
-            slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
-            part != 1, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT,
-            PRECISION, TMA, BLOCK_M, BLOCK_N, EVEN, STAGES,
-        )  # fmt: skip
+    # Blocks before the inner ones (only a window has such), those, blocks after them, and the one that the end cuts.
+    whole_end = whole_blocks(end, inner_end, seqlen_k, EVEN, BLOCK_N)
+    for part in tl.static_range(0 if LEFT else 1, 3 if EVEN else 4):
+        if part != 2 or LEFT or RIGHT:
+            first = start if part == 0 else inner_start if part == 1 else inner_end if part == 2 else whole_end
+            last = inner_start if part == 0 else inner_end if part == 1 else whole_end if part == 2 else end
+            dq = _walk_keys(
+                dq, q, do, lse2, delta, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
+                key_mask_ptrs, rng_ptr,
+                first, last, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
+                slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+                part != 1, part == 3, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS,
+                KEY_MASK, DROPOUT, PRECISION, TMA, BLOCK_M, BLOCK_N, STAGES,
+            )  # fmt: skip
     if VARLEN:
         token = first_q
     else:

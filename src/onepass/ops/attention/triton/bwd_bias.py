@@ -126,8 +126,8 @@ def _bias_bwd_kernel(
                         seen = seen & key_seen[None, :]
                     s = tl.dot(q, k, input_precision=PRECISION)
                     p, _ = weights(
-                        s, row[:, None], col[None, :], seen, lse2[:, None], offset, window_left, window_right, scale,
-                        softcap, slope, bias, True, LEFT, RIGHT, SOFTCAP, ALIBI, True, True,
+                        s, row[:, None], col[None, :], first_col, seen, lse2[:, None], offset, window_left, window_right,
+                        scale, softcap, slope, bias, True, LEFT, RIGHT, SOFTCAP, ALIBI, True, True,
                     )  # fmt: skip
                     dp = tl.dot(do, v, input_precision=PRECISION)
                     if DROPOUT:

@@ -69,7 +69,9 @@ def _attend(
                 HEAD_DIM_V != BLOCK_DV,
             )  # fmt: skip
         s = tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
-        s, _ = adjusted_scores(s, row[:, None], key[None, :], shift, scale, softcap, slope, 0.0, SOFTCAP, ALIBI, False)
+        s, _ = adjusted_scores(
+            s, row[:, None], key[None, :], first, shift, scale, softcap, slope, 0.0, SOFTCAP, ALIBI, False
+        )
         if PAGED:  # a page that does not exist is not read, and shows as NaN
             s = tl.where((there & ~exists)[None, :], float("nan"), s)
         if EDGE:

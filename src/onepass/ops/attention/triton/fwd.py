@@ -29,6 +29,7 @@ from onepass.ops.attention.triton.tile import (
     sequence_of,
     visible,
     walked_tile,
+    whole_blocks,
     with_sink,
 )
 
@@ -39,15 +40,14 @@ def _attend(
     key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,
     start, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
     slope, shift, window_left, window_right, scale, softcap, threshold,
-    EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    EDGE: tl.constexpr, CUT: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     PAGED: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The keys from start to end; in EDGE blocks some are unseen or, unless EVEN, do not exist."""
+    """The keys from start to end; in EDGE blocks some are unseen, in CUT blocks some do not exist."""
     PLAIN: tl.constexpr = not (SOFTCAP or ALIBI or BIAS)
-    CUT: tl.constexpr = EDGE and not EVEN
     lane = tl.arange(0, BLOCK_N)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         col = first + lane
@@ -72,7 +72,7 @@ def _attend(
                 bias_tile = bias_ptrs + ahead * stride_bk
                 bias = tl.load(bias_tile, mask=(col < seqlen_k)[None, :], other=0.0) if CUT else tl.load(bias_tile)
             s, _ = adjusted_scores(
-                s, row[:, None], col[None, :], shift, scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS
+                s, row[:, None], col[None, :], first, shift, scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS
             )
         if CUT:
             s = tl.where((col < seqlen_k)[None, :], s, -float("inf"))
@@ -194,18 +194,20 @@ def _tile(
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    # Before the inner blocks (only a window has such), those, and after them (only without a mask there are none).
-    for part in tl.static_range(0 if LEFT else 1, 3 if LEFT or RIGHT or not EVEN else 2):
-        first = start if part == 0 else inner_start if part == 1 else inner_end
-        last = inner_start if part == 0 else inner_end if part == 1 else end
-        acc, largest, total = _attend(
-            q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
-            key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,
-            first, last, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
-            slope, shift, window_left, window_right, scale, softcap, threshold,
-            part != 1, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
-            DROPOUT, PRECISION, PAGED, TMA, BLOCK_M, BLOCK_N, EVEN, STAGES,
-        )  # fmt: skip
+    # Blocks before the inner ones (only a window has such), those, blocks after them, and the one that the end cuts.
+    whole_end = whole_blocks(end, inner_end, seqlen_k, EVEN, BLOCK_N)
+    for part in tl.static_range(0 if LEFT else 1, 3 if EVEN else 4):
+        if part != 2 or LEFT or RIGHT:
+            first = start if part == 0 else inner_start if part == 1 else inner_end if part == 2 else whole_end
+            last = inner_start if part == 0 else inner_end if part == 1 else whole_end if part == 2 else end
+            acc, largest, total = _attend(
+                q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
+                key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,
+                first, last, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
+                slope, shift, window_left, window_right, scale, softcap, threshold,
+                part != 1, part == 3, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS,
+                KEY_MASK, DROPOUT, PRECISION, PAGED, TMA, BLOCK_M, BLOCK_N, STAGES,
+            )  # fmt: skip
     if SINK:
         acc, largest, total = with_sink(acc, largest, total, tl.load(sink_ptr + head))
     top = tl.where(largest == -float("inf"), 0.0, largest)

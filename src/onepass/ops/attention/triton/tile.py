@@ -116,6 +116,15 @@ def seen_range(
 
 
 @triton.jit
+def whole_blocks(end, least, length, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the last block that begins before `end` and that `length` does not cut ends; `least` if none does."""
+    whole = tl.cdiv(end, BLOCK) * BLOCK
+    if not EVEN:
+        whole = tl.maximum(tl.minimum(whole, length // BLOCK * BLOCK), least)
+    return whole
+
+
+@triton.jit
 def visible(row, col, shift, window_left, window_right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """Which keys which queries see by window and causal mask; only with LEFT or RIGHT."""
     ahead = col - row - shift
@@ -129,12 +138,13 @@ def visible(row, col, shift, window_left, window_right, LEFT: tl.constexpr, RIGH
 
 @triton.jit
 def adjusted_scores(
-    s, row, col, shift, scale, softcap, slope, bias,
+    s, row, col, near, shift, scale, softcap, slope, bias,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """(scores in log2 units, the slope of softcap or 1.0) of products s = q k^T: scale, softcap, ALiBi, bias.
 
-    scale: softmax_scale * log2(e), or with SOFTCAP softmax_scale / softcap. slope: of ALiBi, times log2(e).
+    scale: softmax_scale * log2(e), or with SOFTCAP softmax_scale / softcap. slope: of ALiBi, times log2(e). near: a
+    number near row or col: distances are taken in fp32, converted once a row and a column.
     """
     cap_slope = 1.0
     if SOFTCAP:
@@ -144,7 +154,7 @@ def adjusted_scores(
     else:
         s = s * scale
     if ALIBI:
-        s -= slope * tl.abs(row + shift - col).to(tl.float32)
+        s -= slope * tl.abs((row + shift - near).to(tl.float32) - (col - near).to(tl.float32))
     if BIAS:
         s += bias.to(tl.float32) * LOG2_E
     return s, cap_slope
@@ -187,12 +197,12 @@ def kept(rng_ptr, threshold, sheet, row, first_col, ROWS: tl.constexpr, COLS: tl
 
 @triton.jit
 def weights(
-    s, row, col, seen, lse2, shift, window_left, window_right, scale, softcap, slope, bias,
+    s, row, col, near, seen, lse2, shift, window_left, window_right, scale, softcap, slope, bias,
     EDGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr,
 ):  # fmt: skip
     """(p, the slope of softcap) of products s = q k^T; row, col, lse2 and seen broadcast to its shape."""
-    s, cap_slope = adjusted_scores(s, row, col, shift, scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS)
+    s, cap_slope = adjusted_scores(s, row, col, near, shift, scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS)
     p = tl.exp2(s - lse2)
     if EDGE and (LEFT or RIGHT):
         p = tl.where(visible(row, col, shift, window_left, window_right, LEFT, RIGHT), p, 0.0)
