@@ -65,6 +65,7 @@ def _delta_kernel(
         delta -= tl.load(dlse_ptr + at, mask=there, other=0.0)
     lse = tl.load(lse_ptr + at, mask=there, other=0.0)
     empty = lse == -float("inf")
+    delta = tl.where(empty, 0.0, delta)  # dlse of -inf may be anything
     tl.store(delta_ptr + at, delta, mask=there)
     tl.store(lse2_ptr + at, tl.where(empty, float("inf"), lse * LOG2_E), mask=there)
     if NEED_DSINK:  # the sink has the weight exp(sink - lse) and adds no value
@@ -77,9 +78,9 @@ def _delta_kernel(
 def _walk_queries(
     dk, dv, k, v, q_ptr, do_ptr, q_desc, do_desc, q_row, q_per_head, q_col_head, do_row, do_per_head, do_col_head,
     lse2_ptr, delta_ptr, bias_ptr, slopes_ptr, rng_ptr,
-    start, count, inner_start, inner_end, seqlen_q, lse_head, first_head, first_sheet,
+    start, count, inner_start, inner_end, seqlen_q, seqlen_k, lse_head, first_head, first_sheet,
     stride_qs, stride_qh, stride_qd, stride_ds, stride_dh, stride_dd, stride_bh, stride_bq, stride_bk, stride_ah,
-    col, col_read, seen, first_col, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+    col, seen, first_col, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
     CUT: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
@@ -121,11 +122,12 @@ def _walk_queries(
         bias = 0.0
         if BIAS:
             bias_ptrs = bias_ptr + head * stride_bh + tl.cast(first, tl.int64) * stride_bq
-            bias_ptrs = bias_ptrs + col_read[:, None] * stride_bk + lane[None, :].to(tl.int64) * stride_bq
-            bias = tl.load(bias_ptrs, mask=there[None, :], other=0.0) if CUT else tl.load(bias_ptrs)
+            bias_ptrs = bias_ptrs + col.to(tl.int64)[:, None] * stride_bk + lane[None, :].to(tl.int64) * stride_bq
+            stored = (col < seqlen_k)[:, None]
+            bias = tl.load(bias_ptrs, mask=stored & there[None, :] if CUT else stored, other=0.0)
         slope = 0.0
         if ALIBI:
-            slope = tl.load(slopes_ptr + head * stride_ah) * LOG2_E
+            slope = tl.load(slopes_ptr + head * stride_ah)
         lse2_ptrs = lse2_ptr + member * lse_head + first + lane
         lse2 = tl.load(lse2_ptrs, mask=there, other=float("inf")) if CUT else tl.load(lse2_ptrs)
         p, cap_slope = weights(
@@ -145,8 +147,8 @@ def _walk_queries(
         ds = p * dp
         if SOFTCAP:
             ds *= cap_slope
-        if BIAS or KEY_MASK or LEFT or RIGHT:
-            ds = tl.where(p == 0.0, 0.0, ds)
+        if KEY_MASK:  # what is masked may hold anything
+            ds = tl.where(seen, ds, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -236,11 +238,10 @@ def _keys_bwd_kernel(
             lse2_ptr + lse_at, delta_ptr + lse_at, bias_ptr + batch * stride_bb if BIAS else bias_ptr,
             slopes_ptr + batch * stride_ab if ALIBI else slopes_ptr, rng_ptr,
             first, tl.maximum(tl.cdiv(last - first, BLOCK_M if part == 0 else TAIL), 0), inner_start, inner_end,
-            seqlen_q,
-            lse_head, first_head, first_sheet,
+            seqlen_q, seqlen_k, lse_head, first_head, first_sheet,
             stride_qs, stride_qh, stride_qd, stride_ds, stride_dh, stride_dd, stride_bh, stride_bq, stride_bk,
             stride_ah,
-            col, col_read, seen, first_col, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+            col, seen, first_col, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
             part == 1, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
             DROPOUT, PRECISION, TMA, BLOCK_M if part == 0 else TAIL, BLOCK_N, STAGES if part == 0 else 1,
         )  # fmt: skip
@@ -306,8 +307,8 @@ def _walk_keys(
         ds = p * (dp - delta[:, None])
         if SOFTCAP:
             ds *= cap_slope
-        if BIAS or KEY_MASK or EDGE:
-            ds = tl.where(p == 0.0, 0.0, ds)
+        if KEY_MASK:
+            ds = tl.where(seen, ds, 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -389,7 +390,7 @@ def _queries_bwd_kernel(
         key_mask_ptrs = key_mask_ptr + batch * stride_mb + lane * stride_mk
     slope = 0.0
     if ALIBI:
-        slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah) * LOG2_E
+        slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah)
     last_row = tl.minimum(first_row + BLOCK_M, seqlen_q) - 1
     start, inner_start, inner_end, end = seen_range(
         first_row, last_row, window_left - shift, window_right + shift, seqlen_k, LEFT, RIGHT, BLOCK_N

@@ -9,7 +9,7 @@ from torch import Tensor
 from onepass.core.triton_backend import Launcher
 from onepass.ops.attention.triton.config import BackwardConfig
 from onepass.ops.attention.triton.problem import Held, Problem, tensors_of
-from onepass.ops.attention.triton.tile import LOG2_E, kept, load_tile, sequence_of, weights
+from onepass.ops.attention.triton.tile import kept, load_tile, sequence_of, weights
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _bias_bwd_kernel(
             kv_head = head // GROUP
             slope = 0.0
             if ALIBI:
-                slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah) * LOG2_E
+                slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah)
             q_base = q_ptr + batch * stride_qb + head * stride_qh
             do_base = do_ptr + batch * stride_db + head * stride_dh
             k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
@@ -126,8 +126,8 @@ def _bias_bwd_kernel(
                         seen = seen & key_seen[None, :]
                     s = tl.dot(q, k, input_precision=PRECISION)
                     p, _ = weights(
-                        s, row[:, None], col[None, :], first_col, seen, lse2[:, None], offset, window_left, window_right,
-                        scale, softcap, slope, bias, True, LEFT, RIGHT, SOFTCAP, ALIBI, True, True,
+                        s, row[:, None], col[None, :], first_col, seen, lse2[:, None], offset, window_left,
+                        window_right, scale, softcap, slope, bias, True, LEFT, RIGHT, SOFTCAP, ALIBI, True, True,
                     )  # fmt: skip
                     dp = tl.dot(do, v, input_precision=PRECISION)
                     if DROPOUT:

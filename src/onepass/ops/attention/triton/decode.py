@@ -17,9 +17,10 @@ from onepass.core import device
 from onepass.core.triton_backend import Launcher, multiprocessors
 from onepass.ops.attention.spec import check_cache_contents
 from onepass.ops.attention.triton.config import DecodeConfig, decode_config
-from onepass.ops.attention.triton.problem import FAR, LOG2_E, block_of
+from onepass.ops.attention.triton.problem import FAR, block_of
 from onepass.ops.attention.triton.tile import (
     LN_2,
+    LOG2_E,
     adjusted_scores,
     load_tile,
     pages_of,
@@ -27,7 +28,6 @@ from onepass.ops.attention.triton.tile import (
     visible,
     with_sink,
 )
-from onepass.ops.attention.triton.tile import LOG2_E as LOG2_E_IN_KERNELS
 
 
 @triton.jit
@@ -80,9 +80,9 @@ def _attend(
                 seen = seen & visible(row[:, None], key[None, :], shift, window_left, window_right, LEFT, RIGHT)
             s = tl.where(seen, s, -float("inf"))
         before = largest
-        largest = tl.maximum(largest, tl.max(s, 1))
+        largest = tl.maximum(largest, tl.max(s, 1) * LOG2_E)
         top = tl.where(largest == -float("inf"), 0.0, largest)
-        p = tl.exp2(s - top[:, None])
+        p = tl.exp2(s * LOG2_E - top[:, None])
         correction = tl.exp2(before - top)
         total = total * correction + tl.sum(p, 1)
         acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * correction[:, None], input_precision=PRECISION)
@@ -132,7 +132,7 @@ def _decode_kernel(
     )  # fmt: skip
     slope = tl.zeros((BLOCK_M, 1), tl.float32)
     if ALIBI:
-        slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah)[:, None] * LOG2_E_IN_KERNELS
+        slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah)[:, None]
     if K_DESCALE:
         scale *= tl.load(k_descale_ptr + batch * stride_kdb + kv_head * stride_kdh)
     k_ptrs = k_ptr + kv_head * stride_kh + feature[:, None].to(tl.int64) * stride_kd
@@ -203,7 +203,7 @@ def _merge_kernel(
     lses = tl.load(lses_ptr + split.to(tl.int64) * rows + row, mask=there, other=-float("inf"))
     top = tl.max(lses, 0)
     if SINK:
-        sink = tl.load(sink_ptr + head).to(tl.float32) * LOG2_E_IN_KERNELS
+        sink = tl.load(sink_ptr + head).to(tl.float32) * LOG2_E
         top = tl.maximum(top, sink)
     top = tl.where(top == -float("inf"), 0.0, top)
     weights = tl.exp2(lses - top)
@@ -258,7 +258,7 @@ def decode(
     if splits > 1:
         parts = torch.empty((splits, rows, head_dim_v), dtype=torch.float32, device=q.device)
         part_lses = torch.empty((splits, rows), dtype=torch.float32, device=q.device)
-    scale = softmax_scale / softcap if softcap else softmax_scale * LOG2_E
+    scale = softmax_scale / softcap if softcap else softmax_scale
     _decode.launch(
         (splits, batch * nheads_kv, triton.cdiv(seqlen_q * group, block_m)),
         q.device,

@@ -83,12 +83,10 @@ def _attend(
             key_seen = tl.load(key_mask_ptrs + ahead * stride_mk, mask=col < seqlen_k, other=0) != 0
             s = tl.where(key_seen[None, :], s, -float("inf"))
         before = largest
-        if PLAIN:  # one multiply-add an element; q has the sign that makes the scale positive
-            largest = tl.maximum(largest, tl.max(s, 1) * scale)
-        else:
-            largest = tl.maximum(largest, tl.max(s, 1))
+        unit = scale if PLAIN else LOG2_E  # positive: q has the sign that makes the scale so
+        largest = tl.maximum(largest, tl.max(s, 1) * unit)
         top = tl.where(largest == -float("inf"), 0.0, largest)
-        p = tl.exp2(s * scale - top[:, None]) if PLAIN else tl.exp2(s - top[:, None])
+        p = tl.exp2(s * unit - top[:, None])
         correction = tl.exp2(before - top)
         total = total * correction + tl.sum(p, 1)
         if DROPOUT:
@@ -185,7 +183,7 @@ def _tile(
         key_mask_ptrs = key_mask_ptr + batch * stride_mb + lane.to(tl.int64) * stride_mk
     slope = 0.0
     if ALIBI:
-        slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah) * LOG2_E
+        slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah)
     first_row = block * BLOCK_M
     last_row = tl.minimum(first_row + BLOCK_M, seqlen_q) - 1
     start, inner_start, inner_end, end = seen_range(

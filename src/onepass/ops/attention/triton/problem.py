@@ -104,8 +104,11 @@ class Problem:
 
     @property
     def scale(self) -> float:
-        """What products are multiplied by: into softcap's tanh, or to log2 units."""
-        return self.softmax_scale / self.softcap if self.softcap else self.softmax_scale * LOG2_E
+        """What products are multiplied by: into softcap's tanh, to scores, or to log2 units where those are all."""
+        if self.softcap:
+            return self.softmax_scale / self.softcap
+        plain = self.attn_bias is None and self.alibi_slopes is None
+        return self.softmax_scale * LOG2_E if plain else self.softmax_scale
 
     def positive_scale(self) -> tuple[float, float]:
         """(a positive scale, the sign that q takes for it), where the largest score is that of the largest product.

@@ -1,6 +1,7 @@
 """What the kernels of attention share: loads of tiles, the keys that rows see, scores, dropout.
 
-Scores are in units of log2: exp2 is what the hardware has, and the factor log2(e) goes into the scale.
+Maxima and lse are in units of log2, as exp2 is what the hardware has: exp(s - lse) is exp2(s * log2(e) - lse), one
+multiply-add before it. Where nothing is added to the scaled products, log2(e) is part of the scale.
 """
 
 import triton
@@ -141,22 +142,22 @@ def adjusted_scores(
     s, row, col, near, shift, scale, softcap, slope, bias,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """(scores in log2 units, the slope of softcap or 1.0) of products s = q k^T: scale, softcap, ALiBi, bias.
+    """(scores, the slope of softcap or 1.0) of products s = q k^T: scale, softcap, ALiBi, bias.
 
-    scale: softmax_scale * log2(e), or with SOFTCAP softmax_scale / softcap. slope: of ALiBi, times log2(e). near: a
-    number near row or col: distances are taken in fp32, converted once a row and a column.
+    scale: softmax_scale, or with SOFTCAP softmax_scale / softcap. slope: of ALiBi. near: a number near row or col:
+    distances are taken in fp32, converted once a row and a column.
     """
     cap_slope = 1.0
     if SOFTCAP:
         t = tanh(s * scale)
         cap_slope = 1.0 - t * t
-        s = t * (softcap * LOG2_E)
+        s = t * softcap
     else:
         s = s * scale
     if ALIBI:
         s -= slope * tl.abs((row + shift - near).to(tl.float32) - (col - near).to(tl.float32))
     if BIAS:
-        s += bias.to(tl.float32) * LOG2_E
+        s += bias.to(tl.float32)
     return s, cap_slope
 
 
@@ -202,12 +203,14 @@ def weights(
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr,
 ):  # fmt: skip
     """(p, the slope of softcap) of products s = q k^T; row, col, lse2 and seen broadcast to its shape."""
-    s, cap_slope = adjusted_scores(s, row, col, near, shift, scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS)
-    p = tl.exp2(s - lse2)
+    cap_slope = 1.0
+    if SOFTCAP or ALIBI or BIAS:
+        s, cap_slope = adjusted_scores(s, row, col, near, shift, scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS)
+        p = tl.exp2(s * LOG2_E - lse2)
+    else:
+        p = tl.exp2(s * scale - lse2)
     if EDGE and (LEFT or RIGHT):
         p = tl.where(visible(row, col, shift, window_left, window_right, LEFT, RIGHT), p, 0.0)
     if KEY_MASK:
         p = tl.where(seen, p, 0.0)
-    if BIAS:  # lse2 may be -inf - -inf
-        p = tl.where(s == -float("inf"), 0.0, p)
     return p, cap_slope
