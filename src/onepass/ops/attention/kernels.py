@@ -59,21 +59,9 @@ def _cpu_merge_unsupported(spec: MergeSpec) -> list[str]:
 
 def _triton_unsupported(spec: AttentionSpec) -> list[str]:
     reasons = triton_backend.unsupported_arch(spec.arch) + _dtype_unsupported(spec.dtype) + _sizes_unsupported(spec)
-    return reasons + [reason for dtype in spec.cache_dtypes for reason in _triton_cache_unsupported(spec.arch, dtype)]
-
-
-def _triton_cache_unsupported(arch: str, dtype: torch.dtype) -> list[str]:
-    """What Triton can load of the formats of quantised caches."""
-    if dtype is torch.int8 or not dtype.is_floating_point or dtype.itemsize > 1:
-        return []
-    name = f"caches of {_name(dtype)}"
-    if dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz):
-        return [] if arch == "gfx942" else [f"{name}: gfx942 only"]
-    if arch == "gfx942":
-        return [f"{name}: not on gfx942, which has the fnuz formats"]
-    if dtype is torch.float8_e4m3fn and arch.startswith("sm_") and int(arch[3:]) < 89:
-        return [f"{name}: sm_89 and newer only"]
-    return []
+    return reasons + [
+        reason for dtype in spec.cache_dtypes for reason in triton_backend.unsupported_storage(spec.arch, dtype)
+    ]
 
 
 def _triton_merge_unsupported(spec: MergeSpec) -> list[str]:

@@ -95,6 +95,7 @@ _FORWARD = {
     ("amd", 256, False): ForwardConfig(64, 32, 4, 1),
     ("amd", 256, True): ForwardConfig(64, 32, 4, 1),
 }
+_FORWARD_PACKED = {("ampere", 128): ForwardConfig(128, 32, 8, 2)}  # where finding a sequence takes too many registers
 _FORWARD_FP32 = {64: ForwardConfig(64, 32, 4, 1), 128: ForwardConfig(32, 32, 4, 1), 256: ForwardConfig(16, 16, 4, 1)}
 
 # For dk and dv: keys are held, queries walked.
@@ -117,6 +118,13 @@ _BACKWARD_KEYS = {
     ("amd", 128, True): BackwardConfig(32, 64, 4, 1),
     ("amd", 256, False): BackwardConfig(16, 32, 4, 1),
     ("amd", 256, True): BackwardConfig(16, 32, 4, 1),
+}
+# The same for packed sequences, which end inside blocks: the checks take registers. None has been measured.
+_BACKWARD_KEYS_PACKED = {
+    ("hopper", 64): BackwardConfig(32, 64, 4, 2, tma=False),
+    ("hopper", 128): BackwardConfig(32, 64, 8, 2, tma=False),
+    ("ampere", 64): BackwardConfig(32, 64, 8, 1),
+    ("ampere", 128): BackwardConfig(32, 64, 8, 1),
 }
 # For dq: queries are held, keys walked.
 _BACKWARD_QUERIES = {
@@ -167,14 +175,20 @@ def forward_config(problem: Problem) -> ForwardConfig:
     width = _width(problem.q, problem.v)
     if problem.q.dtype is torch.float32:
         return _FORWARD_FP32[width]
-    return _FORWARD[_machine(problem.q), width, problem.window_right >= 0]
+    machine = _machine(problem.q)
+    if problem.packed is not None and (machine, width) in _FORWARD_PACKED:
+        return _FORWARD_PACKED[machine, width]
+    return _FORWARD[machine, width, problem.window_right >= 0]
 
 
 def backward_keys_config(problem: Problem) -> BackwardConfig:
     width = _width(problem.q, problem.v)
     if problem.q.dtype is torch.float32:
         return _BACKWARD_FP32[width]
-    return _BACKWARD_KEYS[_machine(problem.q), width, problem.window_right >= 0]
+    machine = _machine(problem.q)
+    if problem.packed is not None and (machine, width) in _BACKWARD_KEYS_PACKED:
+        return _BACKWARD_KEYS_PACKED[machine, width]
+    return _BACKWARD_KEYS[machine, width, problem.window_right >= 0]
 
 
 def backward_queries_config(problem: Problem) -> BackwardConfig:
