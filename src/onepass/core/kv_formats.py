@@ -23,12 +23,12 @@ def quantize_int4(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return nibbles[..., 0::2] | nibbles[..., 1::2] << 4, torch.cat([scale, shift], -1)
 
 
-def dequantize_int4(packed: Tensor, scale_shift: Tensor) -> Tensor:
-    """The fp32 numbers (..., d) of bytes (..., d / 2) and their pairs (..., groups, 2)."""
-    nibbles = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).to(torch.float32)
-    groups = scale_shift.shape[-2]
-    scale, shift = scale_shift.to(torch.float32).unbind(-1)
-    return (nibbles.unflatten(-1, (groups, -1)) * scale.unsqueeze(-1) + shift.unsqueeze(-1)).flatten(-2)
+def dequantize_int4(packed: Tensor, scale_shift: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The numbers (..., d) of bytes (..., d / 2) and their pairs (..., groups, 2)."""
+    nibbles = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).to(dtype)
+    scale, shift = scale_shift.to(dtype).unbind(-1)
+    parts = nibbles.unflatten(-1, (scale_shift.shape[-2], -1))
+    return (parts * scale.unsqueeze(-1) + shift.unsqueeze(-1)).flatten(-2)
 
 
 def quantize_by_head(x: Tensor, descale: Tensor, dtype: torch.dtype) -> Tensor:

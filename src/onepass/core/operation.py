@@ -58,7 +58,8 @@ class Operation:
         LIBRARY.impl(name, self.body, "CompositeExplicitAutograd")
         torch.library.register_fake(f"onepass::{name}", checked_fake, lib=LIBRARY)
         torch.library.register_vmap(f"onepass::{name}", _refuses_vmap(public, vmap_advice), lib=LIBRARY)
-        if self.op._schema.is_mutable:
+        self._writes = self.op._schema.is_mutable
+        if self._writes:
             torch_compat.register_mutation(LIBRARY, self.op, refusal)
             return
         if differentiate is None:
@@ -80,7 +81,7 @@ class Operation:
         if torch.compiler.is_compiling():
             return self.op(*args)
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        if self.op._schema.is_mutable:  # never replayed: PyTorch counts the writes
+        if self._writes:  # never replayed: PyTorch counts the writes
             return self.op(*args)
         if any(map(torch_compat.batched_gradient, tensors)):
             return self.op(*args)

@@ -69,9 +69,7 @@ class AppendCase:
         written = ("k_cache", "v_cache", "k_scale_shift", "v_scale_shift")
         used = {name: x.clone() if name in written else x for name, x in inputs.items()}
         if used["k"].dtype is torch.float64:  # the oracle's caches have the format all the same
-            kept = {"k_cache": self.cache_dtype, "v_cache": self.cache_dtype}
-            kept |= {"k_scale_shift": torch.float16, "v_scale_shift": torch.float16}
-            used |= {name: used[name].to(dtype) for name, dtype in kept.items() if name in used and dtype is not None}
+            used |= {name: used[name].to(self.cache_dtype) for name in written[:2] if self.cache_dtype is not None}
         positional, options = self.arguments(used)
         append_kv(*positional, **options, backend=backend)
         results = {name: used[name] for name in written if name in used}

@@ -39,6 +39,7 @@ def _cpu_unsupported(spec: AttentionSpec) -> list[str]:
         "dropout": spec.dropout,
         "paged caches": spec.paged,
         "k_descale and v_descale": spec.quantized,
+        "k_scale_shift and v_scale_shift": spec.int4,
     }
     reasons += [f"no {option} yet" for option, given in options.items() if given]
     return reasons
@@ -182,7 +183,7 @@ def _decode_features() -> dict[str, AttentionSpec]:
         f"caches of {_name(dtype)}": plain._replace(quantized=True, cache_dtypes=(dtype, dtype))
         for dtype in QUANTIZED_DTYPES
     }
-    return kept | {"page_table": plain._replace(paged=True)} | formats
+    return kept | {"page_table": plain._replace(paged=True)} | formats | {"caches of int4": plain._replace(int4=True)}
 
 
 def _varlen_features() -> dict[str, AttentionSpec]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -203,8 +203,15 @@ def backward_bias_config(problem: Problem) -> BackwardConfig:
     return _BACKWARD_FP32[width] if problem.q.dtype is torch.float32 else _BACKWARD_BIAS[width]
 
 
-def decode_config(q: Tensor, v_cache: Tensor) -> DecodeConfig:
-    width = _width(q, v_cache)
+def decode_config(q: Tensor, head_dim_v: int, groups: int = 0) -> DecodeConfig:
+    """`groups`: of features that an int4 cache scales apart, the most of k and v; 0 for other caches."""
+    size = max(q.shape[3], head_dim_v)
+    width = 64 if size <= 64 else 128 if size <= 128 else 256
     if q.dtype is torch.float32:
         return DecodeConfig(16 if width == 256 else 32, 4, 1, most_rows=16)
-    return _DECODE[_machine(q), width]
+    config = _DECODE[_machine(q), width]
+    if groups == 0:
+        return config
+    # A key has a quarter of the bytes, and every group products of its own; neither is measured.
+    block_n = min(128, 2 * config.block_n) if groups == 1 else 32
+    return replace(config, block_n=block_n, most_rows=16)

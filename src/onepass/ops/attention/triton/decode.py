@@ -17,6 +17,7 @@ from onepass.core import device
 from onepass.core.triton_backend import Launcher, multiprocessors
 from onepass.ops.attention.spec import check_cache_contents
 from onepass.ops.attention.triton.config import DecodeConfig, decode_config
+from onepass.ops.attention.triton.decode_int4 import decode_int4, int4_constants
 from onepass.ops.attention.triton.problem import FAR, LOG2_E, block_of
 from onepass.ops.attention.triton.tile import (
     LN_2,
@@ -24,6 +25,7 @@ from onepass.ops.attention.triton.tile import (
     load_tile,
     pages_of,
     seen_range,
+    split_range,
     visible,
     with_sink,
 )
@@ -143,15 +145,14 @@ def _decode_kernel(
         v_ptrs += batch * stride_vb
     first_row = first_packed // GROUP
     last_row = tl.minimum(first_packed + BLOCK_M - 1, seqlen_q * GROUP - 1) // GROUP
-    start, inner_start, inner_end, end = seen_range(
-        first_row, last_row, window_left - shift, window_right + shift, length, LEFT, RIGHT, BLOCK_N
-    )
-    if SPLIT:  # whole blocks, shared out evenly
-        share = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), BLOCK_N), splits) * BLOCK_N
-        start += split * share
-        end = tl.minimum(end, start + share)
-        inner_start = tl.minimum(tl.maximum(inner_start, start), end)
-        inner_end = tl.maximum(tl.minimum(inner_end, start + share), inner_start)
+    if SPLIT:
+        start, inner_start, inner_end, end = split_range(
+            first_row, last_row, window_left - shift, window_right + shift, length, split, splits, LEFT, RIGHT, BLOCK_N
+        )
+    else:
+        start, inner_start, inner_end, end = seen_range(
+            first_row, last_row, window_left - shift, window_right + shift, length, LEFT, RIGHT, BLOCK_N
+        )
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -230,14 +231,15 @@ _merge = Launcher(_merge_kernel)
 def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor | None, page_table: Tensor | None,
     alibi_slopes: Tensor | None, attn_sink: Tensor | None, k_descale: Tensor | None, v_descale: Tensor | None,
-    softmax_scale: float, window_left: int, window_right: int, softcap: float, num_splits: int,
-    need_lse: bool,
+    k_scale_shift: Tensor | None, v_scale_shift: Tensor | None, softmax_scale: float, window_left: int,
+    window_right: int, softcap: float, num_splits: int, need_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (batch, seqlen_q, nheads_q, head_dim_v) and lse (batch, nheads_q, seqlen_q), which is empty if not needed."""
     if q.is_cpu:  # the interpreter: contents can be looked at
         check_cache_contents(k_cache, cache_seqlens, page_table)
     batch, seqlen_q, nheads_q, head_dim = q.shape
-    nheads_kv, head_dim_v = k_cache.shape[2], v_cache.shape[3]
+    pairs = None if k_scale_shift is None or v_scale_shift is None else (k_scale_shift, v_scale_shift)
+    nheads_kv, head_dim_v = k_cache.shape[2], v_cache.shape[3] * (1 if pairs is None else 2)
     group = nheads_q // nheads_kv
     capacity = k_cache.shape[1] if page_table is None else page_table.shape[1] * k_cache.shape[1]
     out = torch.empty((batch, seqlen_q, nheads_q, head_dim_v), dtype=q.dtype, device=q.device)
@@ -245,7 +247,7 @@ def decode(
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
     if not out.numel():
         return out, lse
-    config = decode_config(q, v_cache)
+    config = decode_config(q, head_dim_v, 0 if pairs is None else max(x.shape[3] for x in pairs))
     block_m = min(config.most_rows, max(16, 1 << (seqlen_q * group - 1).bit_length()))
     tiles = batch * nheads_kv * triton.cdiv(seqlen_q * group, block_m)
     blocks = max(1, triton.cdiv(capacity, config.block_n))
@@ -253,47 +255,68 @@ def decode(
     attn_sink = None if attn_sink is None else attn_sink.contiguous()
     rows = batch * seqlen_q * nheads_q
     parts, part_lses = out, lse
-    if splits > 1:
+    if splits > 1 or pairs is not None:  # int4, which leaves the ends to the merging kernel
         parts = torch.empty((splits, rows, head_dim_v), dtype=torch.float32, device=q.device)
         part_lses = torch.empty((splits, rows), dtype=torch.float32, device=q.device)
     scale = softmax_scale / softcap if softcap else softmax_scale * LOG2_E
-    _decode.launch(
-        (splits, batch * nheads_kv, triton.cdiv(seqlen_q * group, block_m)),
-        q.device,
-        (
-            q, k_cache, v_cache, parts, part_lses, _contiguous(cache_seqlens), _contiguous(page_table), alibi_slopes,
-            attn_sink, k_descale, v_descale, *q.stride(), *k_cache.stride(), *v_cache.stride(),
-            0 if page_table is None else page_table.shape[1],
-            *_head_strides(alibi_slopes), *_head_strides(k_descale), *_head_strides(v_descale),
-            batch, seqlen_q, capacity, nheads_q, k_cache.shape[1], k_cache.shape[0], splits,
-            min(window_left, FAR), min(window_right, FAR), scale, softcap,
-        ),
-        {
-            "GROUP": group,
-            "HEAD_DIM": head_dim,
-            "HEAD_DIM_V": head_dim_v,
-            "BLOCK_D": block_of(head_dim),
-            "BLOCK_DV": block_of(head_dim_v),
-            "LEFT": window_left >= 0,
-            # One query sees every key that is stored: nothing to mask but the end.
-            "RIGHT": window_right >= 0 and seqlen_q > 1,
-            "SOFTCAP": softcap != 0.0,
-            "ALIBI": alibi_slopes is not None,
-            "SINK": attn_sink is not None,
-            "PAGED": page_table is not None,
-            "LENGTHS": cache_seqlens is not None,
-            "K_DESCALE": k_descale is not None,
-            "V_DESCALE": v_descale is not None,
-            "NEED_LSE": need_lse,
-            "SPLIT": splits > 1,
-            "PRECISION": "tf32" if device.allows_tf32(q) else "ieee",
-            "BLOCK_M": block_m,
-            "BLOCK_N": config.block_n,
-            "STAGES": config.num_stages,
-        },
-        num_warps=config.num_warps,
-    )  # fmt: skip
-    if splits > 1:
+    window = min(window_left, FAR), min(window_right, FAR)
+    # One query sees every key that is stored: nothing to mask but the end.
+    limits = {"LEFT": window_left >= 0, "RIGHT": window_right >= 0 and seqlen_q > 1, "SOFTCAP": softcap != 0.0}
+    places = {"PAGED": page_table is not None, "LENGTHS": cache_seqlens is not None}
+    cut = {
+        "PRECISION": "tf32" if device.allows_tf32(q) else "ieee",
+        "BLOCK_M": block_m,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.num_stages,
+    }
+    sizes = batch, seqlen_q, capacity, nheads_q, k_cache.shape[1], k_cache.shape[0], splits
+    grid = (splits, batch * nheads_kv, triton.cdiv(seqlen_q * group, block_m))
+    lengths, table = _contiguous(cache_seqlens), _contiguous(page_table)
+    max_pages = 0 if page_table is None else page_table.shape[1]
+    if pairs is not None:
+        k_pairs, v_pairs = (_words(x) for x in pairs)
+        decode_int4.launch(
+            grid,
+            q.device,
+            (
+                q, k_cache, v_cache, k_pairs, v_pairs, parts, part_lses, lengths, table, alibi_slopes,
+                *q.stride(), *k_cache.stride(), *v_cache.stride(), *k_pairs.stride()[:4], *v_pairs.stride()[:4],
+                max_pages, *_head_strides(alibi_slopes), *sizes, *window, scale, softcap,
+            ),
+            {"GROUP": group, "HEAD_DIM_V": head_dim_v, **limits, "ALIBI": alibi_slopes is not None, **places}
+            | int4_constants(q, k_cache, v_cache, k_pairs, v_pairs)
+            | cut,
+            num_warps=config.num_warps,
+        )  # fmt: skip
+    else:
+        _decode.launch(
+            grid,
+            q.device,
+            (
+                q, k_cache, v_cache, parts, part_lses, lengths, table, alibi_slopes, attn_sink, k_descale, v_descale,
+                *q.stride(), *k_cache.stride(), *v_cache.stride(), max_pages,
+                *_head_strides(alibi_slopes), *_head_strides(k_descale), *_head_strides(v_descale),
+                *sizes, *window, scale, softcap,
+            ),
+            {
+                "GROUP": group,
+                "HEAD_DIM": head_dim,
+                "HEAD_DIM_V": head_dim_v,
+                "BLOCK_D": block_of(head_dim),
+                "BLOCK_DV": block_of(head_dim_v),
+                **limits,
+                "ALIBI": alibi_slopes is not None,
+                "SINK": attn_sink is not None,
+                **places,
+                "K_DESCALE": k_descale is not None,
+                "V_DESCALE": v_descale is not None,
+                "NEED_LSE": need_lse,
+                "SPLIT": splits > 1,
+                **cut,
+            },
+            num_warps=config.num_warps,
+        )  # fmt: skip
+    if splits > 1 or pairs is not None:
         _merge.launch(
             (rows, 1, 1),
             q.device,
@@ -325,6 +348,14 @@ def _splits(tiles: int, blocks: int, on: torch.device, config: DecodeConfig) -> 
 
     best = max(busy(splits) for splits in range(1, most + 1))
     return next(splits for splits in range(1, most + 1) if busy(splits) >= 0.9 * best)
+
+
+def _words(pairs: Tensor) -> Tensor:
+    """fp16 (..., groups, 2) as int32 (..., groups, 1), a load for each pair; copied where they do not lie so."""
+    *strides, last = pairs.stride()
+    if last != 1 or any(stride % 2 for stride in strides) or pairs.storage_offset() % 2 or pairs.data_ptr() % 4:
+        pairs = pairs.clone(memory_format=torch.contiguous_format)
+    return pairs.view(torch.int32)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
