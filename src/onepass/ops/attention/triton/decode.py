@@ -101,7 +101,8 @@ def _decode_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     SINK: tl.constexpr, PAGED: tl.constexpr, LENGTHS: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
-    NEED_LSE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NEED_LSE: tl.constexpr, SPLIT: tl.constexpr, BY_FP16: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows (query, head of the group) of one KV head over one split of its keys.
@@ -130,6 +131,13 @@ def _decode_kernel(
         + feature[None, :].to(tl.int64) * stride_qd,
         there[:, None], feature[None, :] < HEAD_DIM, False, HEAD_DIM != BLOCK_D,
     )  # fmt: skip
+    if BY_FP16:
+        # A power of two off each row: what is left of q fits fp16 whatever its dtype, and has no fewer bits that count.
+        largest_q = tl.max(tl.abs(q.to(tl.float32)), 1)
+        power = (largest_q.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)[:, None]
+        power = tl.where(power == 0.0, 1.0, power)
+        q = (q.to(tl.float32) / power).to(tl.float16)
+        scale = scale * power
     slope = tl.zeros((BLOCK_M, 1), tl.float32)
     if ALIBI:
         slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah)[:, None] * LOG2_E_IN_KERNELS
@@ -255,7 +263,7 @@ def decode(
     attn_sink = None if attn_sink is None else attn_sink.contiguous()
     rows = batch * seqlen_q * nheads_q
     parts, part_lses = out, lse
-    if splits > 1 or pairs is not None:  # int4, which leaves the ends to the merging kernel
+    if splits > 1 or pairs is not None:  # int4 leaves sinks and dtypes to the merging kernel
         parts = torch.empty((splits, rows, head_dim_v), dtype=torch.float32, device=q.device)
         part_lses = torch.empty((splits, rows), dtype=torch.float32, device=q.device)
     scale = softmax_scale / softcap if softcap else softmax_scale * LOG2_E
@@ -312,6 +320,7 @@ def decode(
                 "V_DESCALE": v_descale is not None,
                 "NEED_LSE": need_lse,
                 "SPLIT": splits > 1,
+                "BY_FP16": q.itemsize == 2 and all(_is_fp8(cache) for cache in (k_cache, v_cache)),
                 **cut,
             },
             num_warps=config.num_warps,
@@ -348,6 +357,11 @@ def _splits(tiles: int, blocks: int, on: torch.device, config: DecodeConfig) -> 
 
     best = max(busy(splits) for splits in range(1, most + 1))
     return next(splits for splits in range(1, most + 1) if busy(splits) >= 0.9 * best)
+
+
+def _is_fp8(cache: Tensor) -> bool:
+    """Hopper converts fp8 to fp16 in half an instruction a number, to bf16 in more than one."""
+    return cache.dtype.is_floating_point and cache.itemsize == 1
 
 
 def _words(pairs: Tensor) -> Tensor:
