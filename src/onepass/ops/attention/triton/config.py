@@ -213,5 +213,6 @@ def decode_config(q: Tensor, head_dim_v: int, groups: int = 0) -> DecodeConfig:
     if groups == 0:
         return config
     # A key has a quarter of the bytes, and every group products of its own; neither is measured.
-    block_n = min(128, 2 * config.block_n) if groups == 1 else 32
-    return replace(config, block_n=block_n, most_rows=16)
+    if groups == 1:
+        return replace(config, block_n=min(128, 2 * config.block_n), most_rows=16 if width == 256 else 32)
+    return replace(config, block_n=32, most_rows=16)

@@ -16,8 +16,8 @@ from torch import Tensor
 from onepass.core import device
 from onepass.core.triton_backend import Launcher, multiprocessors
 from onepass.ops.attention.spec import check_cache_contents
+from onepass.ops.attention.triton import decode_int4
 from onepass.ops.attention.triton.config import DecodeConfig, decode_config
-from onepass.ops.attention.triton.decode_int4 import decode_int4, int4_constants
 from onepass.ops.attention.triton.problem import FAR, LOG2_E, block_of
 from onepass.ops.attention.triton.tile import (
     LN_2,
@@ -282,20 +282,15 @@ def decode(
     lengths, table = _contiguous(cache_seqlens), _contiguous(page_table)
     max_pages = 0 if page_table is None else page_table.shape[1]
     if pairs is not None:
-        k_pairs, v_pairs = (_words(x) for x in pairs)
-        decode_int4.launch(
+        decode_int4.run(
             grid,
-            q.device,
-            (
-                q, k_cache, v_cache, k_pairs, v_pairs, parts, part_lses, lengths, table, alibi_slopes,
-                *q.stride(), *k_cache.stride(), *v_cache.stride(), *k_pairs.stride()[:4], *v_pairs.stride()[:4],
-                max_pages, *_head_strides(alibi_slopes), *sizes, *window, scale, softcap,
-            ),
-            {"GROUP": group, "HEAD_DIM_V": head_dim_v, **limits, "ALIBI": alibi_slopes is not None, **places}
-            | int4_constants(q, k_cache, v_cache, k_pairs, v_pairs)
-            | cut,
-            num_warps=config.num_warps,
-        )  # fmt: skip
+            (q, k_cache, v_cache, *pairs),
+            (parts, part_lses, lengths, table, alibi_slopes),
+            (max_pages, *_head_strides(alibi_slopes), *sizes, *window, scale, softcap),
+            {"GROUP": group, "HEAD_DIM_V": head_dim_v, **limits, "ALIBI": alibi_slopes is not None, **places},
+            cut,
+            config.num_warps,
+        )
     else:
         _decode.launch(
             grid,
@@ -326,20 +321,28 @@ def decode(
             num_warps=config.num_warps,
         )  # fmt: skip
     if splits > 1 or pairs is not None:
-        _merge.launch(
-            (rows, 1, 1),
-            q.device,
-            (parts, part_lses, attn_sink, out, lse, rows, seqlen_q, nheads_q, splits),
-            {
-                "HEAD_DIM_V": head_dim_v,
-                "BLOCK_DV": block_of(head_dim_v),
-                "SINK": attn_sink is not None,
-                "NEED_LSE": need_lse,
-                "SPLITS": max(2, triton.next_power_of_2(splits)),
-            },
-            num_warps=4,
-        )
+        _merge_parts(parts, part_lses, attn_sink, out, lse, need_lse)
     return out, lse
+
+
+def _merge_parts(
+    parts: Tensor, part_lses: Tensor, attn_sink: Tensor | None, out: Tensor, lse: Tensor, need_lse: bool
+) -> None:
+    """Fills out and lse from the splits' results (splits, rows, head_dim_v)."""
+    splits, rows, head_dim_v = parts.shape
+    _merge.launch(
+        (rows, 1, 1),
+        out.device,
+        (parts, part_lses, attn_sink, out, lse, rows, *out.shape[1:3], splits),
+        {
+            "HEAD_DIM_V": head_dim_v,
+            "BLOCK_DV": block_of(head_dim_v),
+            "SINK": attn_sink is not None,
+            "NEED_LSE": need_lse,
+            "SPLITS": max(2, triton.next_power_of_2(splits)),
+        },
+        num_warps=4,
+    )
 
 
 def _splits(tiles: int, blocks: int, on: torch.device, config: DecodeConfig) -> int:
@@ -362,14 +365,6 @@ def _splits(tiles: int, blocks: int, on: torch.device, config: DecodeConfig) -> 
 def _is_fp8(cache: Tensor) -> bool:
     """Hopper converts fp8 to fp16 in half an instruction a number, to bf16 in more than one."""
     return cache.dtype.is_floating_point and cache.itemsize == 1
-
-
-def _words(pairs: Tensor) -> Tensor:
-    """fp16 (..., groups, 2) as int32 (..., groups, 1), a load for each pair; copied where they do not lie so."""
-    *strides, last = pairs.stride()
-    if last != 1 or any(stride % 2 for stride in strides) or pairs.storage_offset() % 2 or pairs.data_ptr() % 4:
-        pairs = pairs.clone(memory_format=torch.contiguous_format)
-    return pairs.view(torch.int32)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

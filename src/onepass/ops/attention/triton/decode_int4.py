@@ -12,6 +12,8 @@ the shifts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -235,10 +237,35 @@ def _decode_int4_kernel(
 # Where a nibble's bits are the last ones of the number.
 _ADDED = {torch.bfloat16: 128, torch.float16: 1024}
 
-decode_int4 = Launcher(_decode_int4_kernel)
+_decode_int4 = Launcher(_decode_int4_kernel)
 
 
-def int4_constants(q: Tensor, k_cache: Tensor, v_cache: Tensor, k_pairs: Tensor, v_pairs: Tensor) -> dict[str, int]:
+def run(
+    grid: tuple[int, int, int], stored: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], others: tuple[Any, ...],
+    numbers: tuple[Any, ...], options: dict[str, Any], cut: dict[str, Any], num_warps: int,
+) -> None:  # fmt: skip
+    """The splits' results. `stored`: q, the caches and their pairs; the rest are the kernel's own arguments."""
+    q, k_cache, v_cache, k_pairs, v_pairs = stored
+    k_words, v_words = _words(k_pairs), _words(v_pairs)
+    strides = (*q.stride(), *k_cache.stride(), *v_cache.stride(), *k_words.stride()[:4], *v_words.stride()[:4])
+    _decode_int4.launch(
+        grid,
+        q.device,
+        (q, k_cache, v_cache, k_words, v_words, *others, *strides, *numbers),
+        {**options, **_constants(q, k_cache, v_cache, k_words, v_words), **cut},
+        num_warps=num_warps,
+    )
+
+
+def _words(pairs: Tensor) -> Tensor:
+    """fp16 (..., groups, 2) as int32 (..., groups, 1), a load for each pair; copied where they do not lie so."""
+    *strides, last = pairs.stride()
+    if last != 1 or any(stride % 2 for stride in strides) or pairs.storage_offset() % 2 or pairs.data_ptr() % 4:
+        pairs = pairs.clone(memory_format=torch.contiguous_format)
+    return pairs.view(torch.int32)
+
+
+def _constants(q: Tensor, k_cache: Tensor, v_cache: Tensor, k_pairs: Tensor, v_pairs: Tensor) -> dict[str, int]:
     """Groups of features, the bytes of each, the blocks that hold those, and what is added to nibbles."""
     k_groups, v_groups = k_pairs.shape[3], v_pairs.shape[3]
     k_bytes, v_bytes = k_cache.shape[3] // k_groups, v_cache.shape[3] // v_groups
