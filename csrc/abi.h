@@ -156,6 +156,22 @@ struct RepeatKvArgs {
   void* out;  // contiguous
 };
 
+enum OnepassCacheFormat : int64_t { ONEPASS_CACHE_COPY = 0, ONEPASS_CACHE_INT8 = 1, ONEPASS_CACHE_INT4 = 2 };
+
+struct AppendKvArgs {
+  int64_t dtype, num_threads, format, batch, seqlen, nheads_kv, head_dim;
+  int64_t pages, page_size, groups;  // without a page table the cache's batch and capacity
+  Tensor4 x;                         // the new keys or values
+  Tensor4 cache;                     // (pages, page_size, nheads_kv, head_dim), int4: head_dim / 2
+  const int32_t* cache_seqlens;      // (batch,), keys stored before
+  const int32_t* page_table;         // (batch, max_pages) contiguous, or null
+  int64_t max_pages;
+  const float* descale;  // int8
+  int64_t descale_stride_b, descale_stride_h;
+  void* pairs;  // int4: fp16 (pages, page_size, nheads_kv, groups, 2)
+  int64_t pairs_stride_b, pairs_stride_s, pairs_stride_h, pairs_stride_g, pairs_stride_p;
+};
+
 enum OnepassMemoryAccess : int64_t { ONEPASS_READ = 0, ONEPASS_COPY = 1, ONEPASS_STREAM = 2 };  // stream: a copy past the caches
 
 struct BandwidthArgs {

@@ -10,10 +10,12 @@ from typing import Any
 
 from onepass.core.errors import UnsupportedError
 from onepass.core.registry import explain, use_backend
+from onepass.ops.append_kv.api import append_kv
 from onepass.ops.attention.api import attention, attention_decode, merge_attention
 from onepass.ops.attention.api_varlen import attention_varlen
 from onepass.ops.cross_entropy.api import cross_entropy, linear_cross_entropy
 from onepass.ops.norm.api import layer_norm, rms_norm
+from onepass.ops.quantize.api import quantize_kv_int4
 from onepass.ops.repeat_kv.api import repeat_kv
 from onepass.ops.rope.api import rope
 from onepass.ops.rope.table import RopeScaling, rope_table
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RopeScaling",
     "UnsupportedError",
+    "append_kv",
     "attention",
     "attention_decode",
     "attention_varlen",
@@ -34,6 +37,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "merge_attention",
+    "quantize_kv_int4",
     "repeat_kv",
     "rms_norm",
     "rope",

@@ -36,6 +36,9 @@ def int32(*values: int) -> Tensor:
 
 
 half = torch.float16
+_INT4 = {"k": tensor(2, 7, 2, 8, dtype=torch.uint8), "v": tensor(2, 7, 2, 4, dtype=torch.uint8)}
+_PAIRS = tensor(2, 7, 2, 1, 2, dtype=half)
+_BOTH = {"k_scale_shift": _PAIRS, "v_scale_shift": _PAIRS}
 Case = tuple[Callable[..., Any], dict[str, Any], type[Exception], str]
 CASES: list[Case] = [
     (attend, {"q": 3}, TypeError, r"q must be a torch.Tensor, got int"),
@@ -132,6 +135,23 @@ CASES: list[Case] = [
     (attend, {"key_mask": (tensor(2, 7) > 0).to_sparse()}, TypeError, r"key_mask must be a dense, strided"),
     (decode, {"k": tensor(2, 7, 2, 16).to_sparse()}, TypeError, r"k_cache must be a dense, strided"),
     (decode, {"cache_seqlens": int32(3, 3).to_sparse()}, TypeError, r"cache_seqlens must be a dense, strided"),
+    (decode, _INT4 | {"k_scale_shift": _PAIRS}, ValueError, r"v_scale_shift is needed with the other one"),
+    (decode, _INT4, TypeError, r"k_cache must have q's dtype .*an int4 cache needs k_scale_shift and v_scale_shift"),
+    (
+        decode,
+        _INT4 | _BOTH | {"k": tensor(2, 7, 2, 4, dtype=torch.uint8)},
+        ValueError,
+        r"q's head_dim 16, two features",
+    ),
+    (decode, _BOTH, TypeError, r"k_cache must be uint8 with k_scale_shift and v_scale_shift, got float32"),
+    (decode, _INT4 | _BOTH | {"k_scale_shift": _PAIRS.float()}, TypeError, r"k_scale_shift must be float16"),
+    (decode, _INT4 | _BOTH | {"v_scale_shift": tensor(2, 7, 2, 3, 2, dtype=half)}, ValueError, r"dividing its 4 bytes"),
+    (
+        decode,
+        _INT4 | _BOTH | {"k_descale": tensor(2)},
+        ValueError,
+        r"k_scale_shift and v_scale_shift \(int4\), not both",
+    ),
     (decode, {"block_table": None}, TypeError, r"'block_table': use page_table="),
 ]
 
@@ -211,9 +231,7 @@ def test_raw_operations_check_as_well() -> None:
             tensor(2, 4, 4, 16), None, q, q, q, q, tensor(2, 4, 5), *options[:-1], *needs, ""
         )
     with pytest.raises(ValueError, match="cache_seqlens"):
-        torch.ops.onepass.attention_decode(
-            q, q, q, int32(9, 9), None, None, None, None, None, 1.0, -1, 0, 0.0, 0, True, ""
-        )
+        torch.ops.onepass.attention_decode(q, q, q, int32(9, 9), *(None,) * 7, 1.0, -1, 0, 0.0, 0, True, "")
 
 
 @pytest.mark.parametrize(

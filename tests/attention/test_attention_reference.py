@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import onepass
+from onepass.core import kv_formats
 from onepass.ops.attention import reference
 from onepass.ops.attention.inputs import CASES, AttentionCase, DecodeCase
 from onepass.testing import numerics
@@ -143,7 +144,7 @@ def test_dropout_draws_from_the_generator(generator: torch.Generator) -> None:
     assert not torch.equal(first, onepass.attention(q, k, v, dropout_p=0.5, generator=again, backend="reference"))
 
 
-_DECODE_CASES = [case for case in CASES if isinstance(case, DecodeCase) and case.cache_dtype is None]
+_DECODE_CASES = [case for case in CASES if isinstance(case, DecodeCase) and not (case.cache_dtype or case.groups)]
 
 
 @pytest.mark.parametrize("case", _DECODE_CASES, ids=lambda case: case.name)
@@ -177,6 +178,37 @@ def test_decode_descales_quantised_caches(generator: torch.Generator) -> None:
     k, v = (code * scale[:, None, :, None] for code, scale in zip(codes, scales, strict=True))
     out = onepass.attention_decode(q, *codes, k_descale=scales[0], v_descale=scales[1], backend="reference")
     torch.testing.assert_close(out, onepass.attention_decode(q, k, v, backend="reference"))
+
+
+@pytest.mark.parametrize("groups", [(1, 1), (4, 2)])
+def test_decode_of_int4_is_decode_of_its_numbers(groups: tuple[int, int], generator: torch.Generator) -> None:
+    """Byte by byte: the even feature in the low nibble, each group's own scale and shift."""
+    q = torch.randn(2, 1, 4, 16, generator=generator)
+    packed = [torch.randint(0, 256, (2, 10, 2, 8), dtype=torch.uint8, generator=generator) for _ in range(2)]
+    pairs = [torch.randn(2, 10, 2, count, 2, generator=generator).half() for count in groups]
+    numbers = [torch.empty(2, 10, 2, 16) for _ in range(2)]
+    for x, code, pair, count in zip(numbers, packed, pairs, groups, strict=True):
+        for feature in range(16):
+            nibble = code[..., feature // 2] >> (4 * (feature % 2)) & 15
+            scale, shift = pair[..., feature * count // 16, :].float().unbind(-1)
+            x[..., feature] = nibble * scale + shift
+    out = onepass.attention_decode(q, *packed, k_scale_shift=pairs[0], v_scale_shift=pairs[1], backend="reference")
+    torch.testing.assert_close(out, onepass.attention_decode(q, *numbers, backend="reference"))
+
+
+def test_int4_is_half_a_step_off_at_most(generator: torch.Generator) -> None:
+    x = torch.randn(3, 5, 2, 48, generator=generator) * 7
+    for groups in (1, 2, 4, 24):
+        packed, pairs = onepass.quantize_kv_int4(x, groups=groups)
+        assert (packed.shape, pairs.shape) == ((3, 5, 2, 24), (3, 5, 2, groups, 2))
+        error = (kv_formats.dequantize_int4(packed, pairs) - x).abs().unflatten(-1, (groups, -1)).amax(-1)
+        assert (error <= 0.52 * pairs[..., 0].float() + 0.002 * x.abs().max()).all()
+    with pytest.raises(ValueError, match=r"groups must divide head_dim / 2 = 24, got 5"):
+        onepass.quantize_kv_int4(x, groups=5)
+    with pytest.raises(ValueError, match=r"even head_dim, got \(3, 5, 2, 47\)"):
+        onepass.quantize_kv_int4(x[..., :47])
+    with pytest.raises(TypeError, match=r"x must be floating point"):
+        onepass.quantize_kv_int4(x.int())
 
 
 def test_budget_measures_the_reference_itself(dtype: torch.dtype, generator: torch.Generator) -> None:

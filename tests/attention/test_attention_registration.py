@@ -80,8 +80,17 @@ def test_opcheck_decode(backend: str, generator: torch.Generator) -> None:
     q, k, v = qkv(generator, seqlen_q=1)
     lengths = torch.tensor([9, 4], dtype=torch.int32)
     for need_lse in (True, False):
-        args = (q, k, v, lengths, None, None, None, None, None, 0.25, -1, 0, 0.0, 0, need_lse, backend)
+        args = (q, k, v, lengths, *(None,) * 7, 0.25, -1, 0, 0.0, 0, need_lse, backend)
         torch.library.opcheck(_OPS.attention_decode.default, args)
+
+
+def test_opcheck_decode_int4(generator: torch.Generator) -> None:
+    q = torch.randn(2, 1, 4, 16, generator=generator)
+    packed = [torch.randint(0, 256, (2, 9, 2, n), dtype=torch.uint8, generator=generator) for n in (8, 4)]
+    pairs = [torch.rand(2, 9, 2, groups, 2, generator=generator).half() for groups in (2, 1)]
+    args = (q, *packed, *(None,) * 6, *pairs, 0.25, -1, 0, 0.0, 0, True, "reference")
+    torch.library.opcheck(_OPS.attention_decode.default, args)
+    assert _OPS.attention_decode(*args)[0].shape == (2, 1, 4, 8)
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -107,7 +107,19 @@ def _decode(head_dim: int, paged: bool, stored: torch.dtype = torch.bfloat16) ->
     descale = None if stored is torch.bfloat16 else torch.empty(2)
     cache, lengths = torch.empty(shape, dtype=stored), torch.full((1,), 100, dtype=torch.int32)
     table = torch.zeros(1, 8, dtype=torch.int32) if paged else None
-    decode.decode(q, cache, cache, lengths, table, None, None, descale, descale, 0.1, -1, 0, 0.0, 2, True)
+    decode.decode(q, cache, cache, lengths, table, None, None, descale, descale, None, None, 0.1, -1, 0, 0.0, 2, True)
+
+
+def _decode_int4(head_dim: int, groups: int, dtype: torch.dtype, paged: bool) -> None:
+    from onepass.ops.attention.triton import decode
+
+    q = torch.empty(1, 1, 4, head_dim, dtype=dtype)
+    places = (8, 16, 2) if paged else (1, 128, 2)
+    cache, pairs = torch.empty(*places, head_dim // 2, dtype=torch.uint8), torch.empty(*places, groups, 2).half()
+    lengths = torch.full((1,), 100, dtype=torch.int32)
+    table = torch.zeros(1, 8, dtype=torch.int32) if paged else None
+    options = (None, None, None, None, pairs, pairs, 0.1, -1, 0, 0.0, 2, True)
+    decode.decode(q, cache, cache, lengths, table, *options)
 
 
 def _launch() -> None:
@@ -126,6 +138,9 @@ def _launch() -> None:
     for paged in (False, True):
         _decode(128, paged)
     _decode(64, True, torch.int8)
+    _decode_int4(128, 1, torch.bfloat16, False)
+    _decode_int4(64, 1, torch.float16, True)
+    _decode_int4(128, 4, torch.bfloat16, False)
     if device.arch(torch.empty(0)) in ("sm_90", "gfx950"):
         _decode(64, False, torch.float8_e4m3fn)
     outs, lses = torch.empty(2, 1, 8, 4, 64), torch.empty(2, 1, 4, 8)
@@ -139,6 +154,7 @@ _PRODUCTS = {
     "_queries_bwd_kernel": 3,
     "_bias_bwd_kernel": 2,
     "_decode_kernel": 2,
+    "_decode_int4_kernel": 4,
 }
 
 

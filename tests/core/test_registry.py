@@ -136,7 +136,7 @@ def test_explain_tells_forward_and_backward() -> None:
 
 def test_explain_checks_as_the_call_does() -> None:
     q = torch.randn(1, 4, 1, 16)
-    with pytest.raises(ValueError, match="explain knows no operation 'atention': choose from attention"):
+    with pytest.raises(ValueError, match="explain knows no operation 'atention': choose from append_kv, attention"):
         onepass.explain("atention", q, q, q)
     with pytest.raises(TypeError, match="'causl': did you mean causal"):
         onepass.explain("attention", q, q, q, causl=True)

@@ -80,6 +80,27 @@ def run_decode(dtype: torch.dtype, seqlen_q: int, capacity: int, heads: tuple[in
     compare(f"decode {dtype} {seqlen_q} {capacity} {heads} {splits}", out, expected, DTYPES[dtype])
 
 
+def run_append(dtype: torch.dtype, kind: str, paged: bool) -> None:
+    """The caches end where the last new row is written."""
+    _, k, v = tensors((2, 3, 3, 2, 2, 40, 24), dtype, strided=paged)
+    places = (4, 5) if paged else (2, 10)
+    lengths = torch.tensor([7, 2], dtype=torch.int32)
+    table = torch.tensor([[3, 0], [2, 1]], dtype=torch.int32) if paged else None
+    options: dict[str, object] = {"page_table": table}
+    stored, per_element = (torch.uint8, 2) if kind == "int4" else (torch.int8 if kind == "int8" else dtype, 1)
+    caches = [torch.zeros(*places, 2, x.shape[3] // per_element).to(stored) for x in (k, v)]
+    if kind == "int8":
+        options |= {name: torch.rand(2, 2) + 0.02 for name in ("k_descale", "v_descale")}
+    if kind == "int4":
+        pairs = [torch.zeros(*places, 2, groups, 2).half() for groups in (4, 1)]
+        options |= {"k_scale_shift": pairs[0], "v_scale_shift": pairs[1]}
+    expected = [x.clone() for x in caches]
+    onepass.append_kv(k, v, *caches, lengths, backend="cpu", **options)
+    onepass.append_kv(k, v, *expected, lengths, backend="reference", **options)
+    for found, wanted in zip(caches, expected, strict=True):
+        compare(f"append {kind} {dtype} paged={paged}", found, wanted, 0.0)
+
+
 def run_merge(dtype: torch.dtype) -> None:
     outs, lses = torch.randn(3, 2, 5, 3, 33).to(dtype), torch.randn(3, 2, 3, 5)
     lses[0, 0, 0] = -torch.inf
@@ -199,6 +220,8 @@ def main() -> None:
         for seqlen_q, capacity, heads, splits in itertools.product((1, 3), (7, 130), ((1, 1), (8, 2)), (None, 1, 3)):
             run_decode(dtype, seqlen_q, capacity, heads, splits)
         run_merge(dtype)
+        for kind, paged in itertools.product(("as it is", "int8", "int4"), (False, True)):
+            run_append(dtype, kind, paged)
         for shape, strided in itertools.product(ROWS, (False, True)):
             for center, residual in itertools.product((False, True), (False, True)):
                 run_norm(shape, dtype, center, residual, strided)

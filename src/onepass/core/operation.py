@@ -23,7 +23,8 @@ LIBRARY = torch.library.Library("onepass", "FRAGMENT")
 class Operation:
     """`torch.ops.onepass.<name>`.
 
-    schema: of torch.library, with `str backend` as the last argument; outputs never alias inputs.
+    schema: of torch.library, with `str backend` as the last argument; outputs never alias inputs. An operation that
+            writes into arguments (Tensor(a!)) has no outputs, and refuses arguments that require a gradient.
     table:  the kernels that do it; a launcher takes the arguments but for the backend.
     facts:  checks those arguments and gives the fields of the table's spec.
     fake:   outputs of the right shape, dtype and device, for the same arguments.
@@ -57,6 +58,10 @@ class Operation:
         LIBRARY.impl(name, self.body, "CompositeExplicitAutograd")
         torch.library.register_fake(f"onepass::{name}", checked_fake, lib=LIBRARY)
         torch.library.register_vmap(f"onepass::{name}", _refuses_vmap(public, vmap_advice), lib=LIBRARY)
+        self._writes = self.op._schema.is_mutable
+        if self._writes:
+            torch_compat.register_mutation(LIBRARY, self.op, refusal)
+            return
         if differentiate is None:
             refusal = refusal or f"onepass.{public} has no second derivative (create_graph=True)"
             save, differentiate = _save_nothing, _refuses_gradient(refusal)
@@ -76,6 +81,8 @@ class Operation:
         if torch.compiler.is_compiling():
             return self.op(*args)
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if self._writes:  # never replayed: PyTorch counts the writes
+            return self.op(*args)
         if any(map(torch_compat.batched_gradient, tensors)):
             return self.op(*args)
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):

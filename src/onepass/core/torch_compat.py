@@ -207,6 +207,33 @@ def register_autograd(
     return super(torch.autograd.Function, named).apply  # without its questions about functorch: 2 us
 
 
+def register_mutation(library: torch.library.Library, op: Any, refusal: str) -> None:
+    """For an operation that writes into its arguments: PyTorch counts the writes, and a gradient raises `refusal`."""
+    written = [place for place, argument in enumerate(op._schema.arguments) if _is_written(argument)]
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        refuse_transforms(op, args)
+        if _is_grad_enabled() and torch._C._any_requires_grad(*args):
+            raise NotImplementedError(refusal)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def counted(keyset: Any, *args: Any) -> Any:
+        for place in written:
+            if args[place] is not None:
+                torch.autograd.graph.increment_version(args[place])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    name = op._schema.name.partition("::")[2]
+    library.impl(name, autograd, "Autograd", with_keyset=True)
+    library.impl(name, counted, "ADInplaceOrView", with_keyset=True)
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
 def refuse_transforms(op: Any, args: tuple[Any, ...]) -> None:
     """Raises under torch.func's transforms and for forward-mode tangents, which would be dropped silently."""
     if _functorch_level() is not None:

@@ -51,6 +51,20 @@ def unsupported_arch(arch: str) -> list[str]:
     return [f"tensors are on {arch}"]
 
 
+def unsupported_storage(arch: str, dtype: torch.dtype) -> list[str]:
+    """Reasons against caches of a dtype: the formats of fp8 that Triton cannot load or store on an architecture."""
+    if not dtype.is_floating_point or dtype.itemsize > 1:
+        return []
+    name = f"caches of {str(dtype).removeprefix('torch.')}"
+    if dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz):
+        return [] if arch == "gfx942" else [f"{name}: gfx942 only"]
+    if arch == "gfx942":
+        return [f"{name}: not on gfx942, which has the fnuz formats"]
+    if dtype is torch.float8_e4m3fn and arch.startswith("sm_") and int(arch[3:]) < 89:
+        return [f"{name}: sm_89 and newer only"]
+    return []
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors (compute units) of a device; a few where Triton is interpreted."""

@@ -163,7 +163,7 @@ def assert_within_budget(comparisons: Sequence[Comparison], **context: Any) -> N
 
 def in_double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same numbers in fp64 where they are q's kind; options that are fp32 by definition stay so."""
-    kept = ("alibi_slopes", "k_descale", "v_descale")
+    kept = ("alibi_slopes", "k_descale", "v_descale", "k_scale_shift", "v_scale_shift")
     return {
         name: x.detach().double() if x.dtype.is_floating_point and name not in kept else x for name, x in inputs.items()
     }

@@ -219,6 +219,8 @@ def attention_decode(
     attn_sink: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
+    k_scale_shift: Tensor | None = None,
+    v_scale_shift: Tensor | None = None,
     num_splits: int | None = None,
     return_lse: bool = False,
     backend: str | None = None,
@@ -237,6 +239,10 @@ def attention_decode(
         window_size, softmax_scale, softcap, alibi_slopes, attn_sink, backend: as in `attention`, with
             shift = cache_seqlens - seqlen_q.
         k_descale, v_descale: fp32 (nheads_kv,) or (batch, nheads_kv), multiply caches stored in int8 or fp8.
+        k_scale_shift, v_scale_shift: of caches stored in int4, uint8 (batch, capacity, nheads_kv, head_dim / 2) with
+            the even feature in the low nibble: fp16 (batch, capacity, nheads_kv, groups, 2), with pages (pages,
+            page_size, nheads_kv, groups, 2). Of each group of adjacent features, which may be of another number in k
+            and v, the pair (scale, shift) makes nibble * scale + shift. `quantize_kv_int4` and `append_kv` write them.
         num_splits: into how many parts the keys are cut to be worked on at once; None chooses.
         return_lse: also return lse (batch, nheads_q, seqlen_q), fp32.
 
@@ -263,6 +269,8 @@ def attention_decode(
             attn_sink,
             k_descale,
             v_descale,
+            k_scale_shift,
+            v_scale_shift,
             num_splits,
             return_lse,
             backend,
@@ -279,6 +287,8 @@ def attention_decode(
             attn_sink=attn_sink,
             k_descale=k_descale,
             v_descale=v_descale,
+            k_scale_shift=k_scale_shift,
+            v_scale_shift=v_scale_shift,
         )
         raise
     return (out, lse) if return_lse else out
@@ -298,6 +308,8 @@ def _canonical_decode(
     attn_sink: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
+    k_scale_shift: Tensor | None = None,
+    v_scale_shift: Tensor | None = None,
     num_splits: int | None = None,
     return_lse: bool = False,
     backend: str | None = None,
@@ -321,12 +333,14 @@ def _canonical_decode(
     if alibi_slopes is not None or attn_sink is not None:
         require_tensors(alibi_slopes=alibi_slopes, attn_sink=attn_sink)
         _require_no_alibi_gradient(alibi_slopes)
+    if k_scale_shift is not None or v_scale_shift is not None:
+        require_tensors(k_scale_shift=k_scale_shift, v_scale_shift=v_scale_shift)
     if num_splits is not None and (not isinstance(num_splits, int) or num_splits < 1):
         raise ValueError(f"num_splits must be an int of at least 1, or None to choose, got {num_splits!r}")
     if torch_compat.autocast_enabled(q):
         dtype = torch_compat.autocast_dtype(q)
         q = _cast(q, dtype)
-        if k_descale is None and v_descale is None:
+        if k_descale is None and v_descale is None:  # what is uint8 stays so
             k_cache, v_cache = _cast(k_cache, dtype), _cast(v_cache, dtype)
     return (
         q,
@@ -338,6 +352,8 @@ def _canonical_decode(
         attn_sink,
         k_descale,
         v_descale,
+        k_scale_shift,
+        v_scale_shift,
         softmax_scale,
         window_left,
         window_right,
@@ -506,7 +522,7 @@ def _explain_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: Any)
         raise checks.unknown_argument(attention_decode, min(unknown), HINTS)
     require_strided(q=q, k_cache=k_cache, v_cache=v_cache, **options)
     call = _canonical_decode(q, k_cache, v_cache, **options)
-    arguments = call[:9] + call[10:-3]  # all but softmax_scale, num_splits, need_lse and backend
+    arguments = call[:11] + call[12:-3]  # all but softmax_scale, num_splits, need_lse and backend
     return [choose(kernels.DECODE, spec.decode_facts(*arguments), call[-1])]
 
 

@@ -103,7 +103,8 @@ def backward(
 def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor | None, page_table: Tensor | None,
     alibi_slopes: Tensor | None, attn_sink: Tensor | None, k_descale: Tensor | None, v_descale: Tensor | None,
-    softmax_scale: float, window_left: int, window_right: int, softcap: float, num_splits: int,
+    k_scale_shift: Tensor | None, v_scale_shift: Tensor | None, softmax_scale: float, window_left: int,
+    window_right: int, softcap: float, num_splits: int,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     sizes = _sizes(q, v_cache)

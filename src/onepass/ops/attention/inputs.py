@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onepass.core import kv_formats
 from onepass.core.registry import explain
 from onepass.ops.attention import inputs_varlen, kernels, spec
 from onepass.ops.attention.api import attention, attention_decode, merge_attention
 from onepass.ops.attention.inputs_varlen import VarlenCase
+from onepass.ops.quantize.api import quantize_kv_int4
 from onepass.testing.inputs import normal
 
 LAYOUTS = ("bshd", "bhsd", "packed", "v_transposed", "sliced", "expanded")
@@ -204,6 +206,7 @@ class DecodeCase:
     num_splits: int | None = None
     heads_first: bool = False  # caches as views of (batch, nheads_kv, capacity, head_dim)
     cache_dtype: torch.dtype | None = None  # of quantised caches
+    groups: tuple[int, int] | None = None  # of int4 caches, in k and v
 
     def inputs(self, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor]:
         batch = 2 if self.lengths is None else len(self.lengths)
@@ -219,6 +222,12 @@ class DecodeCase:
             if self.cache_dtype is not None:
                 cache, found[f"{name[0]}_descale"] = _quantized(cache, self.cache_dtype)
                 unused = torch.nan if cache.is_floating_point() else 77
+            if self.groups is not None:
+                groups = self.groups[name == "v_cache"]
+                cache, pairs = quantize_kv_int4(cache, groups=groups)
+                for index, length in enumerate(self.lengths or ()):
+                    pairs[index, length:] = torch.nan
+                found[f"{name[0]}_scale_shift"], unused = pairs, 77
             for index, length in enumerate(self.lengths or ()):
                 cache[index, length:] = unused
             found[name] = cache
@@ -238,7 +247,9 @@ class DecodeCase:
         batch, capacity = found["k_cache"].shape[:2]
         per_row = capacity // size
         order = torch.randperm(2 * batch * per_row, generator=generator)[: batch * per_row].view(batch, per_row)
-        for name in ("k_cache", "v_cache"):
+        for name in ("k_cache", "v_cache", "k_scale_shift", "v_scale_shift"):
+            if name not in found:
+                continue
             cache = found[name]
             unused = torch.nan if cache.is_floating_point() else 77
             pages = torch.empty((2 * batch * per_row, size, *cache.shape[2:]), dtype=cache.dtype, device=cache.device)
@@ -249,7 +260,8 @@ class DecodeCase:
         found["page_table"] = torch.where(used, order, -1).to(found["q"].device, torch.int32)
 
     def options(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-        named = ("cache_seqlens", "page_table", "alibi_slopes", "attn_sink", "k_descale", "v_descale")
+        scales = ("k_descale", "v_descale", "k_scale_shift", "v_scale_shift")
+        named = ("cache_seqlens", "page_table", "alibi_slopes", "attn_sink", *scales)
         return {
             "causal": self.causal,
             "window_size": self.window_size,
@@ -273,6 +285,9 @@ class DecodeCase:
     def terms(self, inputs: Mapping[str, Tensor]) -> dict[str, float]:
         if 0 in inputs["q"].shape:
             return {"lse": LSE_TERMS}
+        if self.groups is not None:
+            values = kv_formats.dequantize_int4(inputs["v_cache"], inputs["v_scale_shift"])
+            return {"lse": LSE_TERMS, "out": float(values.nan_to_num(0.0).abs().max())}
         exact = {name: inputs[name].double() for name in ("q", "k_cache", "v_cache")}
         sizes = {**inputs, **exact, "v_cache": exact["v_cache"].abs()}
         if "attn_sink" in inputs:
@@ -397,6 +412,13 @@ CASES: list[AttentionCase | VarlenCase | DecodeCase | MergeCase] = [
     DecodeCase("decode, int8", cache_dtype=torch.int8, seqlen_q=2),
     DecodeCase("decode, float8_e4m3fn", cache_dtype=torch.float8_e4m3fn, num_splits=2),
     DecodeCase("decode, float8_e5m2, pages", cache_dtype=torch.float8_e5m2, page_size=4, window_size=(20, -1)),
+    DecodeCase("decode, int4", groups=(1, 1), head_dim=64),
+    DecodeCase("decode, int4, groups", groups=(4, 2), head_dim=64, head_dim_v=32, seqlen_q=2, sink=True),
+    DecodeCase("decode, int4, long", groups=(1, 1), lengths=(700, 1024), capacity=1024, head_dim=128, nheads_q=8),
+    DecodeCase(
+        "decode, int4, pages", groups=(1, 2), head_dim=40, page_size=4, window_size=(20, -1), lengths=(40, 7, 0)
+    ),
+    DecodeCase("decode, int4, 2 splits", groups=(1, 1), num_splits=2, softcap=3.0, alibi=True, heads_first=True),
     MergeCase("merge"),
     MergeCase("merge, packed", sizes=(9, 4, 24)),
     MergeCase("merge of one", parts=1, empty=False),

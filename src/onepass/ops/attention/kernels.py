@@ -39,6 +39,7 @@ def _cpu_unsupported(spec: AttentionSpec) -> list[str]:
         "dropout": spec.dropout,
         "paged caches": spec.paged,
         "k_descale and v_descale": spec.quantized,
+        "k_scale_shift and v_scale_shift": spec.int4,
     }
     reasons += [f"no {option} yet" for option, given in options.items() if given]
     return reasons
@@ -59,21 +60,9 @@ def _cpu_merge_unsupported(spec: MergeSpec) -> list[str]:
 
 def _triton_unsupported(spec: AttentionSpec) -> list[str]:
     reasons = triton_backend.unsupported_arch(spec.arch) + _dtype_unsupported(spec.dtype) + _sizes_unsupported(spec)
-    return reasons + [reason for dtype in spec.cache_dtypes for reason in _triton_cache_unsupported(spec.arch, dtype)]
-
-
-def _triton_cache_unsupported(arch: str, dtype: torch.dtype) -> list[str]:
-    """What Triton can load of the formats of quantised caches."""
-    if dtype is torch.int8 or not dtype.is_floating_point or dtype.itemsize > 1:
-        return []
-    name = f"caches of {_name(dtype)}"
-    if dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz):
-        return [] if arch == "gfx942" else [f"{name}: gfx942 only"]
-    if arch == "gfx942":
-        return [f"{name}: not on gfx942, which has the fnuz formats"]
-    if dtype is torch.float8_e4m3fn and arch.startswith("sm_") and int(arch[3:]) < 89:
-        return [f"{name}: sm_89 and newer only"]
-    return []
+    return reasons + [
+        reason for dtype in spec.cache_dtypes for reason in triton_backend.unsupported_storage(spec.arch, dtype)
+    ]
 
 
 def _triton_merge_unsupported(spec: MergeSpec) -> list[str]:
@@ -194,7 +183,7 @@ def _decode_features() -> dict[str, AttentionSpec]:
         f"caches of {_name(dtype)}": plain._replace(quantized=True, cache_dtypes=(dtype, dtype))
         for dtype in QUANTIZED_DTYPES
     }
-    return kept | {"page_table": plain._replace(paged=True)} | formats
+    return kept | {"page_table": plain._replace(paged=True)} | formats | {"caches of int4": plain._replace(int4=True)}
 
 
 def _varlen_features() -> dict[str, AttentionSpec]:

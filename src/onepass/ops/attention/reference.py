@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from onepass.core import kv_formats
 from onepass.core.torch_compat import without_autocast
 from onepass.ops.attention.spec import check_cache_contents, lse_dtype
 
@@ -143,6 +144,8 @@ def decode(
     attn_sink: Tensor | None,
     k_descale: Tensor | None,
     v_descale: Tensor | None,
+    k_scale_shift: Tensor | None,
+    v_scale_shift: Tensor | None,
     softmax_scale: float,
     window_left: int,
     window_right: int,
@@ -153,8 +156,11 @@ def decode(
     """out (batch, seqlen_q, nheads_q, head_dim_v) and lse (batch, nheads_q, seqlen_q), which is empty if not needed."""
     check_cache_contents(k_cache, cache_seqlens, page_table)
     k, v = k_cache, v_cache
+    if k_scale_shift is not None and v_scale_shift is not None:
+        k = kv_formats.dequantize_int4(k_cache, k_scale_shift, lse_dtype(q.dtype))
+        v = kv_formats.dequantize_int4(v_cache, v_scale_shift, lse_dtype(q.dtype))
     if page_table is not None and cache_seqlens is not None:
-        k, v = _gather_pages(k_cache, page_table, cache_seqlens), _gather_pages(v_cache, page_table, cache_seqlens)
+        k, v = _gather_pages(k, page_table, cache_seqlens), _gather_pages(v, page_table, cache_seqlens)
     stored: Tensor | None = None
     shift: Shift = k.shape[1] - q.shape[1]
     if cache_seqlens is not None:

@@ -36,7 +36,7 @@ def _backward_facts(*call: Any) -> tuple[Any, ...]:
 
 
 def _decode_facts(*call: Any) -> tuple[Any, ...]:
-    return spec.decode_facts(*call[:9], *call[10:-2])  # all but softmax_scale, num_splits and need_lse
+    return spec.decode_facts(*call[:11], *call[12:-2])  # all but softmax_scale, num_splits and need_lse
 
 
 def _merge_backward_facts(
@@ -76,6 +76,8 @@ def new_gradient(q: Tensor, of: Tensor | None, needed: bool) -> Tensor:
 
 def _decode_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *options: Any) -> Tensors:
     out, lse = _forward_fake(q, k_cache, v_cache)
+    if options[7] is not None:  # int4: two features a byte
+        out = q.new_empty((*q.shape[:3], 2 * v_cache.shape[3]))
     need_lse = options[-1]
     return out, lse if need_lse else lse.new_empty(0)
 
@@ -164,8 +166,9 @@ forward = Operation(
 )
 decode = Operation(
     "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens, Tensor? page_table, "
-    "Tensor? alibi_slopes, Tensor? attn_sink, Tensor? k_descale, Tensor? v_descale, float softmax_scale, "
-    "SymInt window_left, SymInt window_right, float softcap, SymInt num_splits, bool need_lse, str backend) "
+    "Tensor? alibi_slopes, Tensor? attn_sink, Tensor? k_descale, Tensor? v_descale, Tensor? k_scale_shift, "
+    "Tensor? v_scale_shift, float softmax_scale, SymInt window_left, "
+    "SymInt window_right, float softcap, SymInt num_splits, bool need_lse, str backend) "
     "-> (Tensor out, Tensor lse)",
     table=kernels.DECODE,
     facts=_decode_facts,

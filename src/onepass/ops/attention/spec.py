@@ -50,6 +50,7 @@ class AttentionSpec(NamedTuple):
     need_dbias: bool = False
     need_dsink: bool = False
     cache_dtypes: tuple[torch.dtype, ...] = ()  # of quantised caches
+    int4: bool = False  # k_scale_shift and v_scale_shift given
 
 
 class MergeSpec(NamedTuple):
@@ -151,34 +152,43 @@ def qkv_sizes(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
     raise _qkv_error({"q": q, "k": k, "v": v}, paged=False)
 
 
-def _qkv_error(tensors: dict[str, Tensor], paged: bool, quantized: bool = False) -> Exception:
+def _qkv_error(tensors: dict[str, Tensor], paged: bool, quantized: bool = False, int4: bool = False) -> Exception:
     """Why q and a pair of k and v (or of caches) do not go together; the first of the contradictions, in words."""
     for name, tensor in tensors.items():
         if tensor.dim() != 4:
             return ValueError(f"{name} must be {ROLES[name]}, got {checks.shape(tensor)}")
-    return _kind_error(tensors, quantized) or _shape_error(tensors, paged)
+    return _kind_error(tensors, quantized, int4) or _shape_error(tensors, paged, 2 if int4 else 1)
 
 
-def _kind_error(tensors: dict[str, Tensor], quantized: bool) -> Exception | None:
+def _kind_error(tensors: dict[str, Tensor], quantized: bool, int4: bool) -> Exception | None:
     (_, q), *others = tensors.items()
     if not q.dtype.is_floating_point:
         return TypeError(f"q must be floating point, got {checks.describe(q)}")
     for name, tensor in others:
-        if tensor.dtype is not q.dtype and not (quantized and tensor.dtype in QUANTIZED_DTYPES):
+        if int4 and tensor.dtype is not torch.uint8:
+            return TypeError(
+                f"{name} must be uint8 with k_scale_shift and v_scale_shift, got {checks.describe(tensor)}"
+            )
+        if not int4 and tensor.dtype is not q.dtype and not (quantized and tensor.dtype in QUANTIZED_DTYPES):
             descale = "; a quantised cache needs k_descale and v_descale" if tensor.dtype in QUANTIZED_DTYPES else ""
+            descale = (
+                "; an int4 cache needs k_scale_shift and v_scale_shift" if tensor.dtype is torch.uint8 else descale
+            )
             return TypeError(f"{name} must have q's dtype {q.dtype}, got {checks.describe(tensor)}{descale}")
         if tensor.device != q.device:
             return ValueError(f"{name} must be on q's device {q.device}, got {checks.describe(tensor)}")
     return None
 
 
-def _shape_error(tensors: dict[str, Tensor], paged: bool) -> Exception:
+def _shape_error(tensors: dict[str, Tensor], paged: bool, per_byte: int) -> Exception:
     (_, q), (k_name, k), (v_name, v) = tensors.items()
     batch, _, nheads_q, head_dim = q.shape
     for name, tensor in tensors.items():
         if tensor.shape[3] < 1:
             return ValueError(f"{name}'s head dimension (the last) must be at least 1, got {checks.shape(tensor)}")
-    if k.shape[3] != head_dim:
+    if per_byte == 2 and 2 * k.shape[3] != head_dim:
+        return ValueError(f"{k_name} must have q's head_dim {head_dim}, two features in a byte, got {checks.shape(k)}")
+    if per_byte == 1 and k.shape[3] != head_dim:
         return ValueError(f"{k_name} must have q's head_dim {head_dim} (the last dimension), got {checks.shape(k)}")
     if not paged and k.shape[0] != batch:
         return ValueError(f"{k_name} must have q's batch size {batch}, got {checks.shape(k)}")
@@ -269,6 +279,8 @@ def decode_facts(
     attn_sink: Tensor | None,
     k_descale: Tensor | None,
     v_descale: Tensor | None,
+    k_scale_shift: Tensor | None,
+    v_scale_shift: Tensor | None,
     window_left: int,
     window_right: int,
     softcap: float,
@@ -278,9 +290,15 @@ def decode_facts(
     Raises ValueError or TypeError naming the argument.
     """
     quantized = k_descale is not None or v_descale is not None
+    int4 = k_scale_shift is not None or v_scale_shift is not None
+    if int4 and quantized:
+        raise ValueError("give k_descale and v_descale (int8, fp8) or k_scale_shift and v_scale_shift (int4), not both")
     batch, _, _, nheads_q, nheads_kv, head_dim, head_dim_v = decode_sizes(
-        q, k_cache, v_cache, cache_seqlens, page_table, quantized
+        q, k_cache, v_cache, cache_seqlens, page_table, quantized, int4
     )
+    if int4:
+        _check_pairs("k_scale_shift", k_scale_shift, "k_cache", k_cache)
+        _check_pairs("v_scale_shift", v_scale_shift, "v_cache", v_cache)
     if alibi_slopes is not None:
         check_alibi(q, batch, nheads_q, alibi_slopes)
     if attn_sink is not None:
@@ -316,7 +334,22 @@ def decode_facts(
         False,
         False,
         tuple([cache.dtype for cache in (k_cache, v_cache) if cache.dtype is not q.dtype]) if quantized else (),
+        int4,
     )
+
+
+def _check_pairs(name: str, pairs: Tensor | None, cache_name: str, cache: Tensor) -> None:
+    """The scales and shifts of an int4 cache."""
+    if pairs is None:
+        raise ValueError(f"{name} is needed with the other one: fp16 {cache_name}'s first three sizes and (groups, 2)")
+    checks.require_dtype(name, pairs, (torch.float16,))
+    groups = pairs.shape[3] if pairs.dim() == 5 else 0
+    if pairs.shape != (*cache.shape[:3], groups, 2) or groups < 1 or cache.shape[3] % groups:
+        raise ValueError(
+            f"{name} must be {cache_name}'s first three sizes and (groups, 2), groups dividing its {cache.shape[3]} "
+            f"bytes: {checks.shape(pairs)} came for {checks.shape(cache)}"
+        )
+    checks.require_device(name, pairs, cache.device)
 
 
 def decode_sizes(
@@ -326,15 +359,16 @@ def decode_sizes(
     cache_seqlens: Tensor | None,
     page_table: Tensor | None,
     quantized: bool,
+    int4: bool = False,
 ) -> Sizes:
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
-    if page_table is None and not quantized:
+    if page_table is None and not quantized and not int4:
         try:
             sizes = qkv_sizes(q, k_cache, v_cache)
         except (ValueError, TypeError):
             raise _qkv_error(tensors, paged=False) from None
     else:
-        sizes = _special_cache_sizes(tensors, page_table, quantized)
+        sizes = _special_cache_sizes(tensors, page_table, quantized, int4)
     if cache_seqlens is not None:
         same_device = (cache_seqlens.is_cpu and q.is_cpu) or cache_seqlens.device == q.device
         if cache_seqlens.dtype is not torch.int32 or cache_seqlens.shape != (sizes[0],) or not same_device:
@@ -346,20 +380,20 @@ def decode_sizes(
     return sizes
 
 
-def _special_cache_sizes(tensors: dict[str, Tensor], page_table: Tensor | None, quantized: bool) -> Sizes:
+def _special_cache_sizes(tensors: dict[str, Tensor], page_table: Tensor | None, quantized: bool, int4: bool) -> Sizes:
     """The sizes of a call on paged or quantised caches."""
     q, k_cache, v_cache = tensors.values()
     paged = page_table is not None
     good = q.dim() == k_cache.dim() == v_cache.dim() == 4 and q.dtype.is_floating_point
-    good = good and all(
-        cache.dtype in ((q.dtype, *QUANTIZED_DTYPES) if quantized else (q.dtype,)) for cache in (k_cache, v_cache)
-    )
+    dtypes = (torch.uint8,) if int4 else (q.dtype, *QUANTIZED_DTYPES) if quantized else (q.dtype,)
+    per_byte = 2 if int4 else 1  # features in an element
+    good = good and k_cache.dtype in dtypes and v_cache.dtype in dtypes
     good = good and q.device == k_cache.device == v_cache.device and v_cache.shape[:3] == k_cache.shape[:3]
-    good = good and k_cache.shape[3] == q.shape[3] and q.shape[3] > 0 and v_cache.shape[3] > 0
+    good = good and per_byte * k_cache.shape[3] == q.shape[3] and q.shape[3] > 0 and v_cache.shape[3] > 0
     good = good and (paged or k_cache.shape[0] == q.shape[0])
     good = good and 0 < k_cache.shape[2] <= q.shape[2] and q.shape[2] % k_cache.shape[2] == 0
     if not good:
-        raise _qkv_error(tensors, paged, quantized)
+        raise _qkv_error(tensors, paged, quantized, int4)
     batch, seqlen_q, nheads_q, head_dim = q.shape
     capacity = k_cache.shape[1]
     if page_table is not None:
@@ -370,7 +404,7 @@ def _special_cache_sizes(tensors: dict[str, Tensor], page_table: Tensor | None, 
             )
         checks.require_device("page_table", page_table, q.device)
         capacity = page_table.shape[1] * k_cache.shape[1]
-    return batch, seqlen_q, capacity, nheads_q, k_cache.shape[2], head_dim, v_cache.shape[3]
+    return batch, seqlen_q, capacity, nheads_q, k_cache.shape[2], head_dim, per_byte * v_cache.shape[3]
 
 
 def check_cache_contents(k_cache: Tensor, cache_seqlens: Tensor | None, page_table: Tensor | None) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,6 +60,10 @@ class DecodeConfig:
     programs_per_processor: int = 1
 
 
+_Key = tuple[str, int] | tuple[str, int, str]
+_Config = TypeVar("_Config")
+
+
 def _machine(tensor: Tensor) -> str:
     """A kind of GPU, by the shared memory and matrix instructions that a configuration counts on."""
     arch = device.arch(tensor)
@@ -73,14 +78,15 @@ def _width(q: Tensor, v: Tensor) -> int:
     return 64 if size <= 64 else 128 if size <= 128 else 256
 
 
-# By machine and width; none spills registers. The figures are an H200's, in bf16, at 4096 queries and keys, without a
-# mask and causal; entries without one have not been measured.
-_FORWARD = {
+# By machine and width, and where one is named for an option that needs another. None spills registers. The figures are
+# an H200's, in bf16, at 4096 queries and keys, without a mask and causal; entries without one have not been measured.
+_FORWARD: Mapping[_Key, ForwardConfig] = {
     ("hopper", 64): ForwardConfig(64, 128, 4, 2),  # 481 and 419 TFLOP/s
     ("hopper", 128): ForwardConfig(64, 64, 4, 3),  # 539 and 475; causal with Schedule.DYNAMIC 487
-    ("hopper", 256): ForwardConfig(64, 64, 8, 2),
+    ("hopper", 256): ForwardConfig(128, 64, 8, 2),  # 518 and 446
     ("ampere", 64): ForwardConfig(64, 64, 4, 3),
     ("ampere", 128): ForwardConfig(128, 64, 8, 2),
+    ("ampere", 128, "packed"): ForwardConfig(128, 32, 8, 2),
     ("ampere", 256): ForwardConfig(64, 32, 8, 1),
     ("amd", 64): ForwardConfig(128, 64, 4, 1),
     ("amd", 128): ForwardConfig(128, 64, 4, 1),
@@ -89,22 +95,24 @@ _FORWARD = {
 _FORWARD_FP32 = {64: ForwardConfig(64, 32, 4, 1), 128: ForwardConfig(32, 32, 4, 1), 256: ForwardConfig(16, 16, 4, 1)}
 
 # For dk and dv: keys are held, queries walked.
-_BACKWARD_KEYS = {
+_BACKWARD_KEYS: Mapping[_Key, BackwardConfig] = {
     ("hopper", 64): BackwardConfig(64, 64, 4, 2),  # 1.86 and 1.03 ms
     ("hopper", 128): BackwardConfig(64, 64, 4, 2),  # 1.63 and 0.89 ms
-    ("hopper", 256): BackwardConfig(32, 64, 8, 2),
+    ("hopper", 256): BackwardConfig(64, 64, 8, 2),  # 3.35 and 2.10 ms
     ("ampere", 64): BackwardConfig(32, 64, 4, 2),
+    ("ampere", 64, "packed"): BackwardConfig(32, 64, 8, 1),
     ("ampere", 128): BackwardConfig(64, 64, 8, 1),
+    ("ampere", 128, "packed"): BackwardConfig(32, 64, 8, 1),
     ("ampere", 256): BackwardConfig(16, 32, 8, 1),
     ("amd", 64): BackwardConfig(64, 64, 4, 1),
     ("amd", 128): BackwardConfig(32, 64, 4, 1),
     ("amd", 256): BackwardConfig(16, 32, 4, 1),
 }
 # For dq: queries are held, keys walked.
-_BACKWARD_QUERIES = {
+_BACKWARD_QUERIES: Mapping[_Key, BackwardConfig] = {
     ("hopper", 64): BackwardConfig(64, 64, 4, 3),  # 1.31 and 0.72 ms
     ("hopper", 128): BackwardConfig(64, 64, 4, 2),  # 1.32 and 0.76 ms
-    ("hopper", 256): BackwardConfig(64, 64, 8, 2),
+    ("hopper", 256): BackwardConfig(128, 32, 8, 2),  # 1.87 and 1.08 ms
     ("ampere", 64): BackwardConfig(64, 64, 4, 2),
     ("ampere", 128): BackwardConfig(64, 32, 4, 1),
     ("ampere", 256): BackwardConfig(32, 32, 8, 1),
@@ -136,25 +144,30 @@ _DECODE = {
 }
 
 
+def _chosen(table: Mapping[_Key, _Config], problem: Problem) -> _Config:
+    machine, width = _machine(problem.q), _width(problem.q, problem.v)
+    for option, given in (("packed", problem.packed is not None), ("bias", problem.attn_bias is not None)):
+        if given and (machine, width, option) in table:
+            return table[machine, width, option]
+    return table[machine, width]
+
+
 def forward_config(problem: Problem) -> ForwardConfig:
-    width = _width(problem.q, problem.v)
     if problem.q.dtype is torch.float32:
-        return _FORWARD_FP32[width]
-    return _FORWARD[_machine(problem.q), width]
+        return _FORWARD_FP32[_width(problem.q, problem.v)]
+    return _chosen(_FORWARD, problem)
 
 
 def backward_keys_config(problem: Problem) -> BackwardConfig:
-    width = _width(problem.q, problem.v)
     if problem.q.dtype is torch.float32:
-        return _BACKWARD_FP32[width]
-    return _BACKWARD_KEYS[_machine(problem.q), width]
+        return _BACKWARD_FP32[_width(problem.q, problem.v)]
+    return _chosen(_BACKWARD_KEYS, problem)
 
 
 def backward_queries_config(problem: Problem) -> BackwardConfig:
-    width = _width(problem.q, problem.v)
     if problem.q.dtype is torch.float32:
-        return _BACKWARD_FP32[width]
-    return _BACKWARD_QUERIES[_machine(problem.q), width]
+        return _BACKWARD_FP32[_width(problem.q, problem.v)]
+    return _chosen(_BACKWARD_QUERIES, problem)
 
 
 def backward_bias_config(problem: Problem) -> BackwardConfig:
@@ -162,8 +175,16 @@ def backward_bias_config(problem: Problem) -> BackwardConfig:
     return _BACKWARD_FP32[width] if problem.q.dtype is torch.float32 else _BACKWARD_BIAS[width]
 
 
-def decode_config(q: Tensor, v_cache: Tensor) -> DecodeConfig:
-    width = _width(q, v_cache)
+def decode_config(q: Tensor, head_dim_v: int, groups: int = 0) -> DecodeConfig:
+    """`groups`: of features that an int4 cache scales apart, the most of k and v; 0 for other caches."""
+    size = max(q.shape[3], head_dim_v)
+    width = 64 if size <= 64 else 128 if size <= 128 else 256
     if q.dtype is torch.float32:
         return DecodeConfig(16 if width == 256 else 32, 4, 1, most_rows=16)
-    return _DECODE[_machine(q), width]
+    config = _DECODE[_machine(q), width]
+    if groups == 0:
+        return config
+    # A key has a quarter of the bytes, and every group products of its own; neither is measured.
+    if groups == 1:
+        return replace(config, block_n=min(128, 2 * config.block_n), most_rows=16 if width == 256 else 32)
+    return replace(config, block_n=32, most_rows=16)

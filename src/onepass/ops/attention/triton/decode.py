@@ -16,6 +16,7 @@ from torch import Tensor
 from onepass.core import device
 from onepass.core.triton_backend import Launcher, multiprocessors
 from onepass.ops.attention.spec import check_cache_contents
+from onepass.ops.attention.triton import decode_int4
 from onepass.ops.attention.triton.config import DecodeConfig, decode_config
 from onepass.ops.attention.triton.problem import FAR, block_of
 from onepass.ops.attention.triton.tile import (
@@ -25,6 +26,7 @@ from onepass.ops.attention.triton.tile import (
     load_tile,
     pages_of,
     seen_range,
+    split_range,
     visible,
     with_sink,
 )
@@ -101,7 +103,8 @@ def _decode_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     SINK: tl.constexpr, PAGED: tl.constexpr, LENGTHS: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
-    NEED_LSE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NEED_LSE: tl.constexpr, SPLIT: tl.constexpr, BY_FP16: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows (query, head of the group) of one KV head over one split of its keys.
@@ -130,6 +133,13 @@ def _decode_kernel(
         + feature[None, :].to(tl.int64) * stride_qd,
         there[:, None], feature[None, :] < HEAD_DIM, False, HEAD_DIM != BLOCK_D,
     )  # fmt: skip
+    if BY_FP16:
+        # A power of two off each row: what is left of q fits fp16 whatever its dtype, and has no fewer bits that count.
+        largest_q = tl.max(tl.abs(q.to(tl.float32)), 1)
+        power = (largest_q.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)[:, None]
+        power = tl.where(power == 0.0, 1.0, power)
+        q = (q.to(tl.float32) / power).to(tl.float16)
+        scale = scale * power
     slope = tl.zeros((BLOCK_M, 1), tl.float32)
     if ALIBI:
         slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah)[:, None]
@@ -145,15 +155,14 @@ def _decode_kernel(
         v_ptrs += batch * stride_vb
     first_row = first_packed // GROUP
     last_row = tl.minimum(first_packed + BLOCK_M - 1, seqlen_q * GROUP - 1) // GROUP
-    start, inner_start, inner_end, end = seen_range(
-        first_row, last_row, window_left - shift, window_right + shift, length, LEFT, RIGHT, BLOCK_N
-    )
-    if SPLIT:  # whole blocks, shared out evenly
-        share = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), BLOCK_N), splits) * BLOCK_N
-        start += split * share
-        end = tl.minimum(end, start + share)
-        inner_start = tl.minimum(tl.maximum(inner_start, start), end)
-        inner_end = tl.maximum(tl.minimum(inner_end, start + share), inner_start)
+    if SPLIT:
+        start, inner_start, inner_end, end = split_range(
+            first_row, last_row, window_left - shift, window_right + shift, length, split, splits, LEFT, RIGHT, BLOCK_N
+        )
+    else:
+        start, inner_start, inner_end, end = seen_range(
+            first_row, last_row, window_left - shift, window_right + shift, length, LEFT, RIGHT, BLOCK_N
+        )
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -232,14 +241,15 @@ _merge = Launcher(_merge_kernel)
 def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor | None, page_table: Tensor | None,
     alibi_slopes: Tensor | None, attn_sink: Tensor | None, k_descale: Tensor | None, v_descale: Tensor | None,
-    softmax_scale: float, window_left: int, window_right: int, softcap: float, num_splits: int,
-    need_lse: bool,
+    k_scale_shift: Tensor | None, v_scale_shift: Tensor | None, softmax_scale: float, window_left: int,
+    window_right: int, softcap: float, num_splits: int, need_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (batch, seqlen_q, nheads_q, head_dim_v) and lse (batch, nheads_q, seqlen_q), which is empty if not needed."""
     if q.is_cpu:  # the interpreter: contents can be looked at
         check_cache_contents(k_cache, cache_seqlens, page_table)
     batch, seqlen_q, nheads_q, head_dim = q.shape
-    nheads_kv, head_dim_v = k_cache.shape[2], v_cache.shape[3]
+    pairs = None if k_scale_shift is None or v_scale_shift is None else (k_scale_shift, v_scale_shift)
+    nheads_kv, head_dim_v = k_cache.shape[2], v_cache.shape[3] * (1 if pairs is None else 2)
     group = nheads_q // nheads_kv
     capacity = k_cache.shape[1] if page_table is None else page_table.shape[1] * k_cache.shape[1]
     out = torch.empty((batch, seqlen_q, nheads_q, head_dim_v), dtype=q.dtype, device=q.device)
@@ -247,7 +257,7 @@ def decode(
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
     if not out.numel():
         return out, lse
-    config = decode_config(q, v_cache)
+    config = decode_config(q, head_dim_v, 0 if pairs is None else max(x.shape[3] for x in pairs))
     block_m = min(config.most_rows, max(16, 1 << (seqlen_q * group - 1).bit_length()))
     tiles = batch * nheads_kv * triton.cdiv(seqlen_q * group, block_m)
     blocks = max(1, triton.cdiv(capacity, config.block_n))
@@ -255,61 +265,86 @@ def decode(
     attn_sink = None if attn_sink is None else attn_sink.contiguous()
     rows = batch * seqlen_q * nheads_q
     parts, part_lses = out, lse
-    if splits > 1:
+    if splits > 1 or pairs is not None:  # int4 leaves sinks and dtypes to the merging kernel
         parts = torch.empty((splits, rows, head_dim_v), dtype=torch.float32, device=q.device)
         part_lses = torch.empty((splits, rows), dtype=torch.float32, device=q.device)
     scale = softmax_scale / softcap if softcap else softmax_scale
-    _decode.launch(
-        (splits, batch * nheads_kv, triton.cdiv(seqlen_q * group, block_m)),
-        q.device,
-        (
-            q, k_cache, v_cache, parts, part_lses, _contiguous(cache_seqlens), _contiguous(page_table), alibi_slopes,
-            attn_sink, k_descale, v_descale, *q.stride(), *k_cache.stride(), *v_cache.stride(),
-            0 if page_table is None else page_table.shape[1],
-            *_head_strides(alibi_slopes), *_head_strides(k_descale), *_head_strides(v_descale),
-            batch, seqlen_q, capacity, nheads_q, k_cache.shape[1], k_cache.shape[0], splits,
-            min(window_left, FAR), min(window_right, FAR), scale, softcap,
-        ),
-        {
-            "GROUP": group,
-            "HEAD_DIM": head_dim,
-            "HEAD_DIM_V": head_dim_v,
-            "BLOCK_D": block_of(head_dim),
-            "BLOCK_DV": block_of(head_dim_v),
-            "LEFT": window_left >= 0,
-            # One query sees every key that is stored: nothing to mask but the end.
-            "RIGHT": window_right >= 0 and seqlen_q > 1,
-            "SOFTCAP": softcap != 0.0,
-            "ALIBI": alibi_slopes is not None,
-            "SINK": attn_sink is not None,
-            "PAGED": page_table is not None,
-            "LENGTHS": cache_seqlens is not None,
-            "K_DESCALE": k_descale is not None,
-            "V_DESCALE": v_descale is not None,
-            "NEED_LSE": need_lse,
-            "SPLIT": splits > 1,
-            "PRECISION": "tf32" if device.allows_tf32(q) else "ieee",
-            "BLOCK_M": block_m,
-            "BLOCK_N": config.block_n,
-            "STAGES": config.num_stages,
-        },
-        num_warps=config.num_warps,
-    )  # fmt: skip
-    if splits > 1:
-        _merge.launch(
-            (rows, 1, 1),
-            q.device,
-            (parts, part_lses, attn_sink, out, lse, rows, seqlen_q, nheads_q, splits),
-            {
-                "HEAD_DIM_V": head_dim_v,
-                "BLOCK_DV": block_of(head_dim_v),
-                "SINK": attn_sink is not None,
-                "NEED_LSE": need_lse,
-                "SPLITS": max(2, triton.next_power_of_2(splits)),
-            },
-            num_warps=4,
+    window = min(window_left, FAR), min(window_right, FAR)
+    # One query sees every key that is stored: nothing to mask but the end.
+    limits = {"LEFT": window_left >= 0, "RIGHT": window_right >= 0 and seqlen_q > 1, "SOFTCAP": softcap != 0.0}
+    places = {"PAGED": page_table is not None, "LENGTHS": cache_seqlens is not None}
+    cut = {
+        "PRECISION": "tf32" if device.allows_tf32(q) else "ieee",
+        "BLOCK_M": block_m,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.num_stages,
+    }
+    sizes = batch, seqlen_q, capacity, nheads_q, k_cache.shape[1], k_cache.shape[0], splits
+    grid = (splits, batch * nheads_kv, triton.cdiv(seqlen_q * group, block_m))
+    lengths, table = _contiguous(cache_seqlens), _contiguous(page_table)
+    max_pages = 0 if page_table is None else page_table.shape[1]
+    if pairs is not None:
+        decode_int4.run(
+            grid,
+            (q, k_cache, v_cache, *pairs),
+            (parts, part_lses, lengths, table, alibi_slopes),
+            (max_pages, *_head_strides(alibi_slopes), *sizes, *window, scale, softcap),
+            {"GROUP": group, "HEAD_DIM_V": head_dim_v, **limits, "ALIBI": alibi_slopes is not None, **places},
+            cut,
+            config.num_warps,
         )
+    else:
+        _decode.launch(
+            grid,
+            q.device,
+            (
+                q, k_cache, v_cache, parts, part_lses, lengths, table, alibi_slopes, attn_sink, k_descale, v_descale,
+                *q.stride(), *k_cache.stride(), *v_cache.stride(), max_pages,
+                *_head_strides(alibi_slopes), *_head_strides(k_descale), *_head_strides(v_descale),
+                *sizes, *window, scale, softcap,
+            ),
+            {
+                "GROUP": group,
+                "HEAD_DIM": head_dim,
+                "HEAD_DIM_V": head_dim_v,
+                "BLOCK_D": block_of(head_dim),
+                "BLOCK_DV": block_of(head_dim_v),
+                **limits,
+                "ALIBI": alibi_slopes is not None,
+                "SINK": attn_sink is not None,
+                **places,
+                "K_DESCALE": k_descale is not None,
+                "V_DESCALE": v_descale is not None,
+                "NEED_LSE": need_lse,
+                "SPLIT": splits > 1,
+                "BY_FP16": q.itemsize == 2 and all(_is_fp8(cache) for cache in (k_cache, v_cache)),
+                **cut,
+            },
+            num_warps=config.num_warps,
+        )  # fmt: skip
+    if splits > 1 or pairs is not None:
+        _merge_parts(parts, part_lses, attn_sink, out, lse, need_lse)
     return out, lse
+
+
+def _merge_parts(
+    parts: Tensor, part_lses: Tensor, attn_sink: Tensor | None, out: Tensor, lse: Tensor, need_lse: bool
+) -> None:
+    """Fills out and lse from the splits' results (splits, rows, head_dim_v)."""
+    splits, rows, head_dim_v = parts.shape
+    _merge.launch(
+        (rows, 1, 1),
+        out.device,
+        (parts, part_lses, attn_sink, out, lse, rows, *out.shape[1:3], splits),
+        {
+            "HEAD_DIM_V": head_dim_v,
+            "BLOCK_DV": block_of(head_dim_v),
+            "SINK": attn_sink is not None,
+            "NEED_LSE": need_lse,
+            "SPLITS": max(2, triton.next_power_of_2(splits)),
+        },
+        num_warps=4,
+    )
 
 
 def _splits(tiles: int, blocks: int, on: torch.device, config: DecodeConfig) -> int:
@@ -327,6 +362,11 @@ def _splits(tiles: int, blocks: int, on: torch.device, config: DecodeConfig) -> 
 
     best = max(busy(splits) for splits in range(1, most + 1))
     return next(splits for splits in range(1, most + 1) if busy(splits) >= 0.9 * best)
+
+
+def _is_fp8(cache: Tensor) -> bool:
+    """Hopper converts fp8 to fp16 in half an instruction a number, to bf16 in more than one."""
+    return cache.dtype.is_floating_point and cache.itemsize == 1
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

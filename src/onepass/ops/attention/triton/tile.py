@@ -126,6 +126,21 @@ def whole_blocks(end, least, length, EVEN: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def split_range(
+    first, last, shift_left, shift_right, length, split, splits, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """seen_range of one of `splits` parts: whole blocks, shared out evenly."""
+    start, inner_start, inner_end, end = seen_range(first, last, shift_left, shift_right, length, LEFT, RIGHT, BLOCK)
+    share = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), BLOCK), splits) * BLOCK
+    start += split * share
+    end = tl.minimum(end, start + share)
+    inner_start = tl.minimum(tl.maximum(inner_start, start), end)
+    inner_end = tl.maximum(tl.minimum(inner_end, start + share), inner_start)
+    return start, inner_start, inner_end, end
+
+
+@triton.jit
 def visible(row, col, shift, window_left, window_right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """Which keys which queries see by window and causal mask; only with LEFT or RIGHT."""
     ahead = col - row - shift

@@ -1,0 +1,1 @@
+"""append_kv: new keys and values into their caches, in place."""

@@ -1,0 +1,1 @@
+"""Quantising: the formats that other operations read."""
