@@ -7,6 +7,7 @@ are cut into splits, so that every multiprocessor has work; a second kernel merg
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -24,7 +25,6 @@ from onepass.ops.attention.triton.tile import (
     LOG2_E,
     adjusted_scores,
     load_tile,
-    pages_of,
     seen_range,
     split_range,
     visible,
@@ -33,23 +33,41 @@ from onepass.ops.attention.triton.tile import (
 
 
 @triton.jit
+def _bytes_of(word, like):
+    """The two bytes of 16-bit words, as numbers of `like`'s dtype."""
+    return word.to(tl.int8).to(like, bitcast=True), (word >> 8).to(tl.int8).to(like, bitcast=True)
+
+
+@triton.jit
 def _attend(
-    q, acc, largest, total, k_ptrs, v_ptrs, page_table_ptrs,
+    q, accs, largest, total, k_ptrs, v_ptrs, page_table_ptrs,
     start, end, length, stride_kb, stride_ks, stride_vb, stride_vs, page_size, pages, row,
     slope, shift, window_left, window_right, scale, softcap,
-    EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    PAGED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, COLS_V: tl.constexpr, BLOCK_V: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    PAGED: tl.constexpr, PAGE_SIZE: tl.constexpr, V_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The keys from start to end; in EDGE blocks some are unseen, or are not stored."""
+    """The keys from start to end; in EDGE blocks some are unseen, or are not stored.
+
+    v has COLS_V columns: features, or with V_DTYPE 16-bit words of two, for which there are two accumulators.
+    """
     feature = tl.arange(0, BLOCK_D)
-    feature_v = tl.arange(0, BLOCK_DV)
+    col_v = tl.arange(0, BLOCK_V)
     lane = tl.arange(0, BLOCK_N)
+    if PAGE_SIZE:
+        page_size = PAGE_SIZE
+    if PAGED:  # the pages of the next block are found while this one is worked on
+        last = tl.minimum(end, length)
+        next_page = tl.load(page_table_ptrs + (start + lane) // page_size, mask=start + lane < last, other=0)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         key = first + lane
         there = key < length
         if PAGED:
-            page, place, exists = pages_of(page_table_ptrs, key, there, page_size, pages)
+            exists = (next_page >= 0) & (next_page < pages)
+            page, place = next_page.to(tl.int64), (key % page_size).to(tl.int64)
+            following = key + BLOCK_N
+            next_page = tl.load(page_table_ptrs + following // page_size, mask=following < last, other=0)
             read = there & exists
             k = tl.load(
                 k_ptrs + (page * stride_kb + place * stride_ks)[None, :],
@@ -58,7 +76,7 @@ def _attend(
             )
             v = tl.load(
                 v_ptrs + (page * stride_vb + place * stride_vs)[:, None],
-                mask=read[:, None] & (feature_v[None, :] < HEAD_DIM_V),
+                mask=read[:, None] & (col_v[None, :] < COLS_V),
                 other=0.0,
             )
         else:
@@ -67,8 +85,8 @@ def _attend(
                 HEAD_DIM != BLOCK_D,
             )  # fmt: skip
             v = load_tile(
-                v_ptrs + key.to(tl.int64)[:, None] * stride_vs, there[:, None], feature_v[None, :] < HEAD_DIM_V, EDGE,
-                HEAD_DIM_V != BLOCK_DV,
+                v_ptrs + key.to(tl.int64)[:, None] * stride_vs, there[:, None], col_v[None, :] < COLS_V, EDGE,
+                COLS_V != BLOCK_V,
             )  # fmt: skip
         s = tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
         s, _ = adjusted_scores(
@@ -87,8 +105,16 @@ def _attend(
         p = tl.exp2(s * LOG2_E - top[:, None])
         correction = tl.exp2(before - top)
         total = total * correction + tl.sum(p, 1)
-        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * correction[:, None], input_precision=PRECISION)
-    return acc, largest, total
+        p = p.to(q.dtype)
+        if V_DTYPE is None:
+            accs = (tl.dot(p, v.to(q.dtype), accs[0] * correction[:, None], input_precision=PRECISION),)
+        else:
+            even, odd = _bytes_of(v, V_DTYPE)
+            accs = (
+                tl.dot(p, even.to(q.dtype), accs[0] * correction[:, None], input_precision=PRECISION),
+                tl.dot(p, odd.to(q.dtype), accs[1] * correction[:, None], input_precision=PRECISION),
+            )
+    return accs, largest, total
 
 
 @triton.jit
@@ -101,11 +127,11 @@ def _decode_kernel(
     batch_size, seqlen_q, capacity, nheads_q, page_size, pages, splits,
     window_left, window_right, scale, softcap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    SINK: tl.constexpr, PAGED: tl.constexpr, LENGTHS: tl.constexpr, K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr,
-    NEED_LSE: tl.constexpr, SPLIT: tl.constexpr, BY_FP16: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    COLS_V: tl.constexpr, BLOCK_V: tl.constexpr, V_DTYPE: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    SINK: tl.constexpr, PAGED: tl.constexpr, PAGE_SIZE: tl.constexpr, LENGTHS: tl.constexpr,
+    K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr, NEED_LSE: tl.constexpr, SPLIT: tl.constexpr,
+    BY_FP16: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows (query, head of the group) of one KV head over one split of its keys.
 
@@ -123,7 +149,7 @@ def _decode_kernel(
     head = kv_head * GROUP + packed % GROUP
     row_read = tl.minimum(row, seqlen_q - 1).to(tl.int64)
     feature = tl.arange(0, BLOCK_D)
-    feature_v = tl.arange(0, BLOCK_DV)
+    feature_v = tl.arange(0, BLOCK_V if V_DTYPE is None else 2 * BLOCK_V)
     length = capacity
     if LENGTHS:
         length = tl.minimum(tl.load(seqlens_ptr + batch), capacity)
@@ -146,7 +172,7 @@ def _decode_kernel(
     if K_DESCALE:
         scale *= tl.load(k_descale_ptr + batch * stride_kdb + kv_head * stride_kdh)
     k_ptrs = k_ptr + kv_head * stride_kh + feature[:, None].to(tl.int64) * stride_kd
-    v_ptrs = v_ptr + kv_head * stride_vh + feature_v[None, :].to(tl.int64) * stride_vd
+    v_ptrs = v_ptr + kv_head * stride_vh + tl.arange(0, BLOCK_V)[None, :].to(tl.int64) * stride_vd
     page_table_ptrs = page_table_ptr
     if PAGED:
         page_table_ptrs = page_table_ptr + batch * stride_tb
@@ -163,20 +189,25 @@ def _decode_kernel(
         start, inner_start, inner_end, end = seen_range(
             first_row, last_row, window_left - shift, window_right + shift, length, LEFT, RIGHT, BLOCK_N
         )
-    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    accs = (tl.zeros((BLOCK_M, BLOCK_V), tl.float32),)
+    if V_DTYPE is not None:
+        accs = (tl.zeros((BLOCK_M, BLOCK_V), tl.float32), tl.zeros((BLOCK_M, BLOCK_V), tl.float32))
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     # Before the inner blocks (only a window has such), those, and after them.
     for part in tl.static_range(0 if LEFT else 1, 3):
         first = start if part == 0 else inner_start if part == 1 else inner_end
         last = inner_start if part == 0 else inner_end if part == 1 else end
-        acc, largest, total = _attend(
-            q, acc, largest, total, k_ptrs, v_ptrs, page_table_ptrs,
+        accs, largest, total = _attend(
+            q, accs, largest, total, k_ptrs, v_ptrs, page_table_ptrs,
             first, last, length, stride_kb, stride_ks, stride_vb, stride_vs, page_size, pages, row,
             slope, shift, window_left, window_right, scale, softcap,
-            part != 1, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, PAGED, PRECISION, BLOCK_N,
-            STAGES,
+            part != 1, HEAD_DIM, BLOCK_D, COLS_V, BLOCK_V, LEFT, RIGHT, SOFTCAP, ALIBI, PAGED, PAGE_SIZE, V_DTYPE,
+            PRECISION, BLOCK_N, STAGES,
         )  # fmt: skip
+    acc = accs[0]
+    if V_DTYPE is not None:
+        acc = tl.reshape(tl.join(accs[0], accs[1]), (BLOCK_M, 2 * BLOCK_V))
     if SINK and not SPLIT:
         acc, largest, total = with_sink(acc, largest, total, tl.load(sink_ptr + head))
     empty = total == 0.0
@@ -234,6 +265,14 @@ def _merge_kernel(
         tl.store(lse_ptr + at, tl.where(empty, -float("inf"), (top + tl.log2(total)) * LN_2))
 
 
+_WORD_HALVES = {
+    torch.int8: tl.int8,
+    torch.float8_e4m3fn: tl.float8e4nv,
+    torch.float8_e5m2: tl.float8e5,
+    torch.float8_e4m3fnuz: tl.float8e4b8,
+    torch.float8_e5m2fnuz: tl.float8e5b16,
+}
+
 _decode = Launcher(_decode_kernel)
 _merge = Launcher(_merge_kernel)
 
@@ -272,7 +311,11 @@ def decode(
     window = min(window_left, FAR), min(window_right, FAR)
     # One query sees every key that is stored: nothing to mask but the end.
     limits = {"LEFT": window_left >= 0, "RIGHT": window_right >= 0 and seqlen_q > 1, "SOFTCAP": softcap != 0.0}
-    places = {"PAGED": page_table is not None, "LENGTHS": cache_seqlens is not None}
+    places = {
+        "PAGED": page_table is not None,
+        "PAGE_SIZE": _known_page_size(k_cache, page_table),
+        "LENGTHS": cache_seqlens is not None,
+    }
     cut = {
         "PRECISION": "tf32" if device.allows_tf32(q) else "ieee",
         "BLOCK_M": block_m,
@@ -294,6 +337,7 @@ def decode(
             config.num_warps,
         )
     else:
+        v_cache, columns = _by_words(v_cache)
         _decode.launch(
             grid,
             q.device,
@@ -308,7 +352,7 @@ def decode(
                 "HEAD_DIM": head_dim,
                 "HEAD_DIM_V": head_dim_v,
                 "BLOCK_D": block_of(head_dim),
-                "BLOCK_DV": block_of(head_dim_v),
+                **columns,
                 **limits,
                 "ALIBI": alibi_slopes is not None,
                 "SINK": attn_sink is not None,
@@ -367,6 +411,30 @@ def _splits(tiles: int, blocks: int, on: torch.device, config: DecodeConfig) -> 
 def _is_fp8(cache: Tensor) -> bool:
     """Hopper converts fp8 to fp16 in half an instruction a number, to bf16 in more than one."""
     return cache.dtype.is_floating_point and cache.itemsize == 1
+
+
+def _known_page_size(k_cache: Tensor, page_table: Tensor | None) -> int:
+    """A power of two, by which kernels divide with a shift; 0 if it is another or there are no pages."""
+    size = k_cache.shape[1]
+    return size if page_table is not None and size & (size - 1) == 0 else 0
+
+
+def _by_words(v_cache: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """v_cache as 16-bit words of two features where it can be, and the kernel's constants for its columns.
+
+    Matrix instructions take V transposed, which the hardware does for 16-bit numbers; bytes are read one by one.
+    """
+    *strides, last = v_cache.stride()
+    features = v_cache.shape[3]
+    dtype = None
+    if (
+        v_cache.itemsize == 1
+        and last == 1
+        and not any(number % 2 for number in (features, v_cache.storage_offset(), *strides))
+    ):
+        dtype = _WORD_HALVES[v_cache.dtype]
+        v_cache, features = v_cache.view(torch.int16), features // 2
+    return v_cache, {"COLS_V": features, "BLOCK_V": block_of(features), "V_DTYPE": dtype}
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
