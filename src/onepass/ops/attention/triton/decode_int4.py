@@ -5,9 +5,9 @@ With a key's features as nibble * scale + shift, even ones in the low nibbles of
     q . k  =  scale (q_even . low + q_odd . high) + shift sum(q)
     p v    =  (p scale) low, (p scale) high as even and odd features, + sum(p shift)
 
-so that nothing is shuffled: two products of half the depth, two outputs of half the width. 16-bit nibbles are numbers
-128 + n (bf16) or 1024 + n (fp16), which is one bit operation for two of them; what that adds is taken off again with
-the shifts.
+so that nothing is shuffled: products of half the depth, two outputs of half the width. A nibble's bits in a 16-bit
+number make 128 + n (bf16) or 1024 + n (fp16), one bit operation for two of them. For keys what that adds is taken off at
+once, since scores are wanted to fp32's precision; for values with the shifts.
 """
 
 from __future__ import annotations
@@ -24,40 +24,76 @@ from onepass.core.triton_backend import Launcher
 from onepass.ops.attention.triton.problem import block_of
 from onepass.ops.attention.triton.tile import LOG2_E, adjusted_scores, load_tile, pages_of, split_range, visible
 
+# Four bytes to the low nibbles of all four and the high ones, with what is added to each (128, 1024) or without.
 _BF16_ASM: tl.constexpr = tl.constexpr("""{
-.reg .b32 a, b, c;
+.reg .b32 a, b, c, d;
 prmt.b32 a, $4, 0, 0x4140;
 prmt.b32 b, $4, 0, 0x4342;
+shr.u32 c, a, 4;
+shr.u32 d, b, 4;
 lop3.b32 $0, a, 0x000f000f, 0x43004300, 0xea;
 lop3.b32 $1, b, 0x000f000f, 0x43004300, 0xea;
-shr.u32 c, a, 4;
 lop3.b32 $2, c, 0x000f000f, 0x43004300, 0xea;
-shr.u32 c, b, 4;
-lop3.b32 $3, c, 0x000f000f, 0x43004300, 0xea;
+lop3.b32 $3, d, 0x000f000f, 0x43004300, 0xea;
 }""")
-_FP16_ASM: tl.constexpr = tl.constexpr("""{
-.reg .b32 a, b, c;
+_BF16_EXACT_ASM: tl.constexpr = tl.constexpr("""{
+.reg .b32 a, b, c, d, one, less;
+mov.b32 one, 0x3f803f80;
+mov.b32 less, 0xc300c300;
 prmt.b32 a, $4, 0, 0x4140;
 prmt.b32 b, $4, 0, 0x4342;
+shr.u32 c, a, 4;
+shr.u32 d, b, 4;
+lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;
+fma.rn.bf16x2 $0, a, one, less;
+lop3.b32 b, b, 0x000f000f, 0x43004300, 0xea;
+fma.rn.bf16x2 $1, b, one, less;
+lop3.b32 c, c, 0x000f000f, 0x43004300, 0xea;
+fma.rn.bf16x2 $2, c, one, less;
+lop3.b32 d, d, 0x000f000f, 0x43004300, 0xea;
+fma.rn.bf16x2 $3, d, one, less;
+}""")
+_FP16_ASM: tl.constexpr = tl.constexpr("""{
+.reg .b32 a, b, c, d;
+prmt.b32 a, $4, 0, 0x4140;
+prmt.b32 b, $4, 0, 0x4342;
+shr.u32 c, a, 4;
+shr.u32 d, b, 4;
 lop3.b32 $0, a, 0x000f000f, 0x64006400, 0xea;
 lop3.b32 $1, b, 0x000f000f, 0x64006400, 0xea;
-shr.u32 c, a, 4;
 lop3.b32 $2, c, 0x000f000f, 0x64006400, 0xea;
-shr.u32 c, b, 4;
-lop3.b32 $3, c, 0x000f000f, 0x64006400, 0xea;
+lop3.b32 $3, d, 0x000f000f, 0x64006400, 0xea;
+}""")
+_FP16_EXACT_ASM: tl.constexpr = tl.constexpr("""{
+.reg .b32 a, b, c, d, less;
+mov.b32 less, 0xe400e400;
+prmt.b32 a, $4, 0, 0x4140;
+prmt.b32 b, $4, 0, 0x4342;
+shr.u32 c, a, 4;
+shr.u32 d, b, 4;
+lop3.b32 a, a, 0x000f000f, 0x64006400, 0xea;
+add.rn.f16x2 $0, a, less;
+lop3.b32 b, b, 0x000f000f, 0x64006400, 0xea;
+add.rn.f16x2 $1, b, less;
+lop3.b32 c, c, 0x000f000f, 0x64006400, 0xea;
+add.rn.f16x2 $2, c, less;
+lop3.b32 d, d, 0x000f000f, 0x64006400, 0xea;
+add.rn.f16x2 $3, d, less;
 }""")
 
 
 @triton.jit
-def _nibbles(x, DTYPE: tl.constexpr, ADDED: tl.constexpr):
-    """The low and the high nibbles of bytes as numbers of a dtype, ADDED to each."""
+def _nibbles(x, DTYPE: tl.constexpr, ADDED: tl.constexpr, EXACT: tl.constexpr):
+    """The low and the high nibbles of bytes as numbers of a dtype; ADDED to each, unless EXACT."""
     if ADDED == 128:
+        ASM: tl.constexpr = _BF16_EXACT_ASM if EXACT else _BF16_ASM
         return tl.inline_asm_elementwise(
-            _BF16_ASM, "=r,=r,=r,=r,r", [x], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+            ASM, "=r,=r,=r,=r,r", [x], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )
     elif ADDED == 1024:
+        ASM: tl.constexpr = _FP16_EXACT_ASM if EXACT else _FP16_ASM
         return tl.inline_asm_elementwise(
-            _FP16_ASM, "=r,=r,=r,=r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+            ASM, "=r,=r,=r,=r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
     else:
         return (x & 15).to(DTYPE), (x >> 4).to(DTYPE)
@@ -106,10 +142,10 @@ def _attend(
                 k_base + at_k[None, :] + (group * K_BYTES + byte).to(tl.int64) * stride_kd, read[None, :],
                 byte < K_BYTES, EDGE or PAGED, K_BYTES != BLOCK_K,
             )  # fmt: skip
-            low, high = _nibbles(k, DTYPE, ADDED)
+            low, high = _nibbles(k, DTYPE, ADDED, True)
             product = tl.dot(q_even[group], low, input_precision=PRECISION)
             product = tl.dot(q_odd[group], high, product, input_precision=PRECISION)
-            s += product * k_scale[None, :] + (k_shift - ADDED * k_scale)[None, :] * q_sum[group][:, None]
+            s += product * k_scale[None, :] + k_shift[None, :] * q_sum[group][:, None]
         s, _ = adjusted_scores(s, row[:, None], key[None, :], shift, scale, softcap, slope, 0.0, SOFTCAP, ALIBI, False)
         if PAGED:  # a page that does not exist is not read, and shows as NaN
             s = tl.where((there & ~exists)[None, :], float("nan"), s)
@@ -133,7 +169,7 @@ def _attend(
                 v_base + at_v[:, None] + (group * V_BYTES + byte_v).to(tl.int64) * stride_vd, read[:, None],
                 byte_v < V_BYTES, EDGE or PAGED, V_BYTES != BLOCK_V,
             )  # fmt: skip
-            low, high = _nibbles(v, DTYPE, ADDED)
+            low, high = _nibbles(v, DTYPE, ADDED, False)
             scaled = (p * v_scale[None, :]).to(DTYPE)
             rest = tl.sum(p * v_shift[None, :] - ADDED * scaled.to(tl.float32), 1)
             new_even = new_even + (tl.dot(scaled, low, even[group] * correction[:, None], input_precision=PRECISION),)  # noqa: RUF005
