@@ -6,8 +6,8 @@ With a key's features as nibble * scale + shift, even ones in the low nibbles of
     p v    =  (p scale) low, (p scale) high as even and odd features, + sum(p shift)
 
 so that nothing is shuffled: products of half the depth, two outputs of half the width. A nibble's bits in a 16-bit
-number make 128 + n (bf16) or 1024 + n (fp16), one bit operation for two of them. For keys what that adds is taken off at
-once, since scores are wanted to fp32's precision; for values with the shifts.
+number make 128 + n (bf16) or 1024 + n (fp16), one bit operation for two of them. For keys what that adds is taken off
+at once, since scores are wanted to fp32's precision; for values with the shifts.
 """
 
 from __future__ import annotations
@@ -86,14 +86,14 @@ add.rn.f16x2 $3, d, less;
 def _nibbles(x, DTYPE: tl.constexpr, ADDED: tl.constexpr, EXACT: tl.constexpr):
     """The low and the high nibbles of bytes as numbers of a dtype; ADDED to each, unless EXACT."""
     if ADDED == 128:
-        ASM: tl.constexpr = _BF16_EXACT_ASM if EXACT else _BF16_ASM
+        BF16: tl.constexpr = _BF16_EXACT_ASM if EXACT else _BF16_ASM
         return tl.inline_asm_elementwise(
-            ASM, "=r,=r,=r,=r,r", [x], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+            BF16, "=r,=r,=r,=r,r", [x], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )
     elif ADDED == 1024:
-        ASM: tl.constexpr = _FP16_EXACT_ASM if EXACT else _FP16_ASM
+        FP16: tl.constexpr = _FP16_EXACT_ASM if EXACT else _FP16_ASM
         return tl.inline_asm_elementwise(
-            ASM, "=r,=r,=r,=r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+            FP16, "=r,=r,=r,=r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
     else:
         return (x & 15).to(DTYPE), (x >> 4).to(DTYPE)
