@@ -31,11 +31,48 @@ from onepass.ops.attention.triton.tile import (
     with_sink,
 )
 
+# Two 16-bit words to the fp16 numbers that their low bytes are in fp8, and those that their high bytes are.
+_E4M3_ASM: tl.constexpr = tl.constexpr("""{
+.reg .b32 a, b;
+.reg .b16 low, high, rest;
+prmt.b32 a, $2, 0, 0x0020;
+prmt.b32 b, $2, 0, 0x0031;
+mov.b32 {low, rest}, a;
+mov.b32 {high, rest}, b;
+cvt.rn.f16x2.e4m3x2 $0, low;
+cvt.rn.f16x2.e4m3x2 $1, high;
+}""")
+_E5M2_ASM: tl.constexpr = tl.constexpr("""{
+.reg .b32 a, b;
+.reg .b16 low, high, rest;
+prmt.b32 a, $2, 0, 0x0020;
+prmt.b32 b, $2, 0, 0x0031;
+mov.b32 {low, rest}, a;
+mov.b32 {high, rest}, b;
+cvt.rn.f16x2.e5m2x2 $0, low;
+cvt.rn.f16x2.e5m2x2 $1, high;
+}""")
+
 
 @triton.jit
-def _bytes_of(word, like):
-    """The two bytes of 16-bit words, as numbers of `like`'s dtype."""
-    return word.to(tl.int8).to(like, bitcast=True), (word >> 8).to(tl.int8).to(like, bitcast=True)
+def _bytes_of(word, kind: tl.constexpr, dtype: tl.constexpr, NVIDIA: tl.constexpr):
+    """The low and the high bytes of 16-bit words, numbers of a `kind`, as numbers of a dtype."""
+    if NVIDIA and dtype == tl.float16 and kind.is_fp8():
+        ASM: tl.constexpr = _E4M3_ASM if kind == tl.float8e4nv else _E5M2_ASM
+        return tl.inline_asm_elementwise(ASM, "=r,=r,r", [word], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
+    else:
+        low, high = word.to(tl.int8), (word >> 8).to(tl.int8)
+        return low.to(kind, bitcast=True).to(dtype), high.to(kind, bitcast=True).to(dtype)
+
+
+@triton.jit
+def _interleaved(accs, TWO: tl.constexpr):
+    """One tile of accumulators of even and odd features."""
+    if TWO:
+        rows: tl.constexpr = accs[0].shape[0]
+        return tl.reshape(tl.join(accs[0], accs[1]), (rows, 2 * accs[0].shape[1]))
+    else:
+        return accs[0]
 
 
 @triton.jit
@@ -45,7 +82,8 @@ def _attend(
     slope, shift, window_left, window_right, scale, softcap,
     EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, COLS_V: tl.constexpr, BLOCK_V: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    PAGED: tl.constexpr, PAGE_SIZE: tl.constexpr, V_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    PAGED: tl.constexpr, PAGE_SIZE: tl.constexpr, V_DTYPE: tl.constexpr, NVIDIA: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The keys from start to end; in EDGE blocks some are unseen, or are not stored.
@@ -109,10 +147,10 @@ def _attend(
         if V_DTYPE is None:
             accs = (tl.dot(p, v.to(q.dtype), accs[0] * correction[:, None], input_precision=PRECISION),)
         else:
-            even, odd = _bytes_of(v, V_DTYPE)
+            even, odd = _bytes_of(v, V_DTYPE, q.dtype, NVIDIA)
             accs = (
-                tl.dot(p, even.to(q.dtype), accs[0] * correction[:, None], input_precision=PRECISION),
-                tl.dot(p, odd.to(q.dtype), accs[1] * correction[:, None], input_precision=PRECISION),
+                tl.dot(p, even, accs[0] * correction[:, None], input_precision=PRECISION),
+                tl.dot(p, odd, accs[1] * correction[:, None], input_precision=PRECISION),
             )
     return accs, largest, total
 
@@ -127,7 +165,7 @@ def _decode_kernel(
     batch_size, seqlen_q, capacity, nheads_q, page_size, pages, splits,
     window_left, window_right, scale, softcap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    COLS_V: tl.constexpr, BLOCK_V: tl.constexpr, V_DTYPE: tl.constexpr,
+    COLS_V: tl.constexpr, BLOCK_V: tl.constexpr, V_DTYPE: tl.constexpr, NVIDIA: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     SINK: tl.constexpr, PAGED: tl.constexpr, PAGE_SIZE: tl.constexpr, LENGTHS: tl.constexpr,
     K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr, NEED_LSE: tl.constexpr, SPLIT: tl.constexpr,
@@ -189,9 +227,9 @@ def _decode_kernel(
         start, inner_start, inner_end, end = seen_range(
             first_row, last_row, window_left - shift, window_right + shift, length, LEFT, RIGHT, BLOCK_N
         )
-    accs = (tl.zeros((BLOCK_M, BLOCK_V), tl.float32),)
-    if V_DTYPE is not None:
-        accs = (tl.zeros((BLOCK_M, BLOCK_V), tl.float32), tl.zeros((BLOCK_M, BLOCK_V), tl.float32))
+    accs = ()
+    for _ in tl.static_range(1 if V_DTYPE is None else 2):
+        accs = accs + (tl.zeros((BLOCK_M, BLOCK_V), tl.float32),)  # noqa: RUF005
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     # Before the inner blocks (only a window has such), those, and after them.
@@ -203,11 +241,9 @@ def _decode_kernel(
             first, last, length, stride_kb, stride_ks, stride_vb, stride_vs, page_size, pages, row,
             slope, shift, window_left, window_right, scale, softcap,
             part != 1, HEAD_DIM, BLOCK_D, COLS_V, BLOCK_V, LEFT, RIGHT, SOFTCAP, ALIBI, PAGED, PAGE_SIZE, V_DTYPE,
-            PRECISION, BLOCK_N, STAGES,
+            NVIDIA, PRECISION, BLOCK_N, STAGES,
         )  # fmt: skip
-    acc = accs[0]
-    if V_DTYPE is not None:
-        acc = tl.reshape(tl.join(accs[0], accs[1]), (BLOCK_M, 2 * BLOCK_V))
+    acc = _interleaved(accs, V_DTYPE is not None)
     if SINK and not SPLIT:
         acc, largest, total = with_sink(acc, largest, total, tl.load(sink_ptr + head))
     empty = total == 0.0
@@ -337,6 +373,7 @@ def decode(
             config.num_warps,
         )
     else:
+        by_fp16 = q.itemsize == 2 and _is_fp8(k_cache) and _is_fp8(v_cache)
         v_cache, columns = _by_words(v_cache)
         _decode.launch(
             grid,
@@ -353,6 +390,7 @@ def decode(
                 "HEAD_DIM_V": head_dim_v,
                 "BLOCK_D": block_of(head_dim),
                 **columns,
+                "NVIDIA": device.arch(q).startswith("sm_"),
                 **limits,
                 "ALIBI": alibi_slopes is not None,
                 "SINK": attn_sink is not None,
@@ -361,7 +399,7 @@ def decode(
                 "V_DESCALE": v_descale is not None,
                 "NEED_LSE": need_lse,
                 "SPLIT": splits > 1,
-                "BY_FP16": q.itemsize == 2 and all(_is_fp8(cache) for cache in (k_cache, v_cache)),
+                "BY_FP16": by_fp16,
                 **cut,
             },
             num_warps=config.num_warps,
