@@ -332,7 +332,8 @@ def decode(
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
     if not out.numel():
         return out, lse
-    config = decode_config(q, head_dim_v, 0 if pairs is None else max(x.shape[3] for x in pairs))
+    groups = 0 if pairs is None else max(x.shape[3] for x in pairs)
+    config = decode_config(q, head_dim_v, paged=page_table is not None, bytes_stored=v_cache.itemsize, groups=groups)
     block_m = min(config.most_rows, max(16, 1 << (seqlen_q * group - 1).bit_length()))
     tiles = batch * nheads_kv * triton.cdiv(seqlen_q * group, block_m)
     blocks = max(1, triton.cdiv(capacity, config.block_n))
@@ -443,7 +444,7 @@ def _splits(tiles: int, blocks: int, on: torch.device, config: DecodeConfig) -> 
         return even * waves / math.ceil(waves)
 
     best = max(busy(splits) for splits in range(1, most + 1))
-    return next(splits for splits in range(1, most + 1) if busy(splits) >= 0.9 * best)
+    return next(splits for splits in range(1, most + 1) if busy(splits) >= 0.95 * best)
 
 
 def _is_fp8(cache: Tensor) -> bool:

@@ -1,15 +1,14 @@
 """attention_decode over int4 caches: nibbles go into matrix products as they are, scales and shifts follow outside.
 
-With a key's features as nibble * scale + shift, even ones in the low nibbles of its bytes and odd ones in the high:
+With a key's features as nibble * scale + shift, four of them in a 16-bit word, the first in its lowest bits:
 
-    q . k  =  scale (q_even . low + q_odd . high) + shift sum(q)
-    p v    =  (p scale) low, (p scale) high as even and odd features, + sum(p shift)
+    q . k       =  scale (q_0 . n_0 + q_1 . n_1 + q_2 . n_2 + q_3 . n_3) + shift sum(q)
+    (p v)_part  =  (p scale) n_part + sum(p shift)
 
-so that nothing is shuffled: products of half the depth, two outputs of half the width. V is read by 16-bit words of
-four features where it can be, for four outputs of a quarter: the hardware transposes those for its matrix instructions,
-and not bytes. A nibble's bits in a 16-bit number make 128 + n (bf16) or 1024 + n (fp16), one bit operation for two of
-them. For keys what that adds is taken off at once, since scores are wanted to fp32's precision; for values with the
-shifts.
+where n_part is the part's nibble of every word and q_part is every fourth feature of q. So nothing is shuffled:
+products of a quarter of the depth, outputs of a quarter of the width; and 16-bit words are what the hardware transposes
+for its matrix instructions. Caches that do not lie so are read by bytes, with two parts. Two nibbles become 16-bit
+numbers by a shift and one bit operation, as the leading bits of 1 + n / 16; what that adds goes with the shifts.
 """
 
 from __future__ import annotations
@@ -26,146 +25,84 @@ from onepass.core.triton_backend import Launcher
 from onepass.ops.attention.triton.problem import block_of
 from onepass.ops.attention.triton.tile import LOG2_E, adjusted_scores, load_tile, split_range, visible
 
-# Four bytes to the low nibbles of all four and the high ones, with what is added to each (128, 1024) or without.
-_BF16_ASM: tl.constexpr = tl.constexpr("""{
-.reg .b32 a, b, c, d;
-prmt.b32 a, $4, 0, 0x4140;
-prmt.b32 b, $4, 0, 0x4342;
-shr.u32 c, a, 4;
-shr.u32 d, b, 4;
-lop3.b32 $0, a, 0x000f000f, 0x43004300, 0xea;
-lop3.b32 $1, b, 0x000f000f, 0x43004300, 0xea;
-lop3.b32 $2, c, 0x000f000f, 0x43004300, 0xea;
-lop3.b32 $3, d, 0x000f000f, 0x43004300, 0xea;
-}""")
-_BF16_EXACT_ASM: tl.constexpr = tl.constexpr("""{
-.reg .b32 a, b, c, d, one, less;
-mov.b32 one, 0x3f803f80;
-mov.b32 less, 0xc300c300;
-prmt.b32 a, $4, 0, 0x4140;
-prmt.b32 b, $4, 0, 0x4342;
-shr.u32 c, a, 4;
-shr.u32 d, b, 4;
-lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;
-fma.rn.bf16x2 $0, a, one, less;
-lop3.b32 b, b, 0x000f000f, 0x43004300, 0xea;
-fma.rn.bf16x2 $1, b, one, less;
-lop3.b32 c, c, 0x000f000f, 0x43004300, 0xea;
-fma.rn.bf16x2 $2, c, one, less;
-lop3.b32 d, d, 0x000f000f, 0x43004300, 0xea;
-fma.rn.bf16x2 $3, d, one, less;
-}""")
-_FP16_ASM: tl.constexpr = tl.constexpr("""{
-.reg .b32 a, b, c, d;
-prmt.b32 a, $4, 0, 0x4140;
-prmt.b32 b, $4, 0, 0x4342;
-shr.u32 c, a, 4;
-shr.u32 d, b, 4;
-lop3.b32 $0, a, 0x000f000f, 0x64006400, 0xea;
-lop3.b32 $1, b, 0x000f000f, 0x64006400, 0xea;
-lop3.b32 $2, c, 0x000f000f, 0x64006400, 0xea;
-lop3.b32 $3, d, 0x000f000f, 0x64006400, 0xea;
-}""")
-_FP16_EXACT_ASM: tl.constexpr = tl.constexpr("""{
-.reg .b32 a, b, c, d, less;
-mov.b32 less, 0xe400e400;
-prmt.b32 a, $4, 0, 0x4140;
-prmt.b32 b, $4, 0, 0x4342;
-shr.u32 c, a, 4;
-shr.u32 d, b, 4;
-lop3.b32 a, a, 0x000f000f, 0x64006400, 0xea;
-add.rn.f16x2 $0, a, less;
-lop3.b32 b, b, 0x000f000f, 0x64006400, 0xea;
-add.rn.f16x2 $1, b, less;
-lop3.b32 c, c, 0x000f000f, 0x64006400, 0xea;
-add.rn.f16x2 $2, c, less;
-lop3.b32 d, d, 0x000f000f, 0x64006400, 0xea;
-add.rn.f16x2 $3, d, less;
-}""")
 
-# The same of 16-bit words, four nibbles each.
-_BF16_WORDS_ASM: tl.constexpr = tl.constexpr("""{
-.reg .b32 a;
-lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
-shr.u32 a, $4, 4;
-lop3.b32 $1, a, 0x000f000f, 0x43004300, 0xea;
-shr.u32 a, $4, 8;
-lop3.b32 $2, a, 0x000f000f, 0x43004300, 0xea;
-shr.u32 a, $4, 12;
-lop3.b32 $3, a, 0x000f000f, 0x43004300, 0xea;
-}""")
-_FP16_WORDS_ASM: tl.constexpr = tl.constexpr("""{
-.reg .b32 a;
-lop3.b32 $0, $4, 0x000f000f, 0x64006400, 0xea;
-shr.u32 a, $4, 4;
-lop3.b32 $1, a, 0x000f000f, 0x64006400, 0xea;
-shr.u32 a, $4, 8;
-lop3.b32 $2, a, 0x000f000f, 0x64006400, 0xea;
-shr.u32 a, $4, 12;
-lop3.b32 $3, a, 0x000f000f, 0x64006400, 0xea;
-}""")
+def _asm(source: str, parts: dict[str, int], mantissa: int, one: int) -> tl.constexpr:
+    """Outputs $0.. of nibbles that begin at bits of registers: 1 + n / 16 in the halves of each, with that mantissa."""
+    place = mantissa - 4
+    mask, one = 0x000F000F << place, one << 16 | one
+    lines = []
+    for index, (name, first_bit) in enumerate(parts.items()):
+        move = first_bit - place
+        lines.append(f"{'shr' if move >= 0 else 'shl'}.b32 t, {name.rstrip('+')}, {abs(move)};")
+        lines.append(f"lop3.b32 ${index}, t, {mask:#x}, {one:#x}, 0xea;")
+    return tl.constexpr("\n".join(["{", ".reg .b32 a, b, t;", source, *lines, "}"]))
+
+
+# Two words to four parts; four bytes, apart in two registers first, to two parts.
+_WORDS = "", {"$4": 0, "$4+": 4, "$4++": 8, "$4+++": 12}
+_BYTES = "prmt.b32 a, $4, 0, 0x4140;\nprmt.b32 b, $4, 0, 0x4342;", {"a": 0, "b": 0, "a+": 4, "b+": 4}
+_BF16, _FP16 = (7, 0x3F80), (10, 0x3C00)
+_BF16_WORDS = _asm(*_WORDS, *_BF16)
+_FP16_WORDS = _asm(*_WORDS, *_FP16)
+_BF16_BYTES = _asm(*_BYTES, *_BF16)
+_FP16_BYTES = _asm(*_BYTES, *_FP16)
 
 
 @triton.jit
-def _word_nibbles(x, DTYPE: tl.constexpr, ADDED: tl.constexpr):
-    """The four nibbles of 16-bit words, the lowest first, as numbers of a dtype, ADDED to each."""
-    if ADDED == 128:
+def _nibbles(x, dtype: tl.constexpr, PARTS: tl.constexpr, LEADING: tl.constexpr):
+    """The parts of words (4) or bytes (2), the lowest bits first: n, or 1 + n / 16 if LEADING."""
+    if LEADING and dtype == tl.bfloat16 and PARTS == 4:
         return tl.inline_asm_elementwise(
-            _BF16_WORDS_ASM, "=r,=r,=r,=r,r", [x],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+            _BF16_WORDS, "=r,=r,=r,=r,r", [x], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True, pack=2,
         )  # fmt: skip
-    elif ADDED == 1024:
+    elif LEADING and PARTS == 4:
         return tl.inline_asm_elementwise(
-            _FP16_WORDS_ASM, "=r,=r,=r,=r,r", [x],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+            _FP16_WORDS, "=r,=r,=r,=r,r", [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True, pack=2,
         )  # fmt: skip
+    elif LEADING and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            _BF16_BYTES, "=r,=r,=r,=r,r", [x], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    elif LEADING:
+        return tl.inline_asm_elementwise(
+            _FP16_BYTES, "=r,=r,=r,=r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    elif PARTS == 4:
+        return (x & 15).to(dtype), ((x >> 4) & 15).to(dtype), ((x >> 8) & 15).to(dtype), ((x >> 12) & 15).to(dtype)
     else:
-        return (x & 15).to(DTYPE), ((x >> 4) & 15).to(DTYPE), ((x >> 8) & 15).to(DTYPE), ((x >> 12) & 15).to(DTYPE)
+        return (x & 15).to(dtype), (x >> 4).to(dtype)
 
 
 @triton.jit
-def _nibbles(x, DTYPE: tl.constexpr, ADDED: tl.constexpr, EXACT: tl.constexpr):
-    """The low and the high nibbles of bytes as numbers of a dtype; ADDED to each, unless EXACT."""
-    if ADDED == 128:
-        BF16: tl.constexpr = _BF16_EXACT_ASM if EXACT else _BF16_ASM
-        return tl.inline_asm_elementwise(
-            BF16, "=r,=r,=r,=r,r", [x], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-        )
-    elif ADDED == 1024:
-        FP16: tl.constexpr = _FP16_EXACT_ASM if EXACT else _FP16_ASM
-        return tl.inline_asm_elementwise(
-            FP16, "=r,=r,=r,=r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
-        )
-    else:
-        return (x & 15).to(DTYPE), (x >> 4).to(DTYPE)
-
-
-@triton.jit
-def _scale_and_shift(ptrs, there):
-    """fp32 scales and shifts of keys, from words that hold two fp16."""
+def _scale_and_shift(ptrs, there, LEADING: tl.constexpr):
+    """fp32 scales and shifts of keys, from words that hold two fp16; LEADING: for 16 (1 + n / 16) less 16."""
     word = tl.load(ptrs, mask=there, other=0)
-    scale = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-    shift = ((word >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-    return scale.to(tl.float32), shift.to(tl.float32)
+    scale = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    shift = ((word >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    if LEADING:
+        scale = 16.0 * scale
+    return scale, shift
 
 
 @triton.jit
 def _attend(
-    q_even, q_odd, q_sum, accs, flat, largest, total, k_base, v_base, k_pairs, v_pairs, page_table_ptrs,
+    q_parts, q_sum, accs, flat, largest, total, k_base, v_base, k_pairs, v_pairs, page_table_ptrs,
     start, end, length, stride_kb, stride_ks, stride_kd, stride_vb, stride_vs, stride_vd,
     stride_kpb, stride_kps, stride_kpg, stride_vpb, stride_vps, stride_vpg, page_size, pages, row,
     slope, shift, window_left, window_right, scale, softcap,
     EDGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     PAGED: tl.constexpr, PAGE_SIZE: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
-    K_BYTES: tl.constexpr, COLS_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr,
-    DTYPE: tl.constexpr, ADDED: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS_K: tl.constexpr, COLS_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    PARTS_K: tl.constexpr, PARTS_V: tl.constexpr, DTYPE: tl.constexpr, LEADING: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The keys from start to end; in EDGE blocks some are unseen, or are not stored.
 
-    K_BYTES: of a group. COLS_V: of a group, bytes of 2 or words of 4 PARTS, each part with an accumulator.
+    ROWS_K, COLS_V: words or bytes of a group.
     """
-    byte = tl.arange(0, BLOCK_K)[:, None]
+    row_k = tl.arange(0, BLOCK_K)[:, None]
     col_v = tl.arange(0, BLOCK_V)[None, :]
     lane = tl.arange(0, BLOCK_N)
     if PAGE_SIZE:
@@ -189,18 +126,34 @@ def _attend(
         s = tl.zeros((largest.shape[0], BLOCK_N), tl.float32)
         for group in tl.static_range(K_GROUPS):
             k_scale, k_shift = _scale_and_shift(
-                k_pairs + page * stride_kpb + place * stride_kps + group * stride_kpg, read
+                k_pairs + page * stride_kpb + place * stride_kps + group * stride_kpg, read, LEADING
             )
             k = load_tile(
-                k_base + at_k[None, :] + (group * K_BYTES + byte).to(tl.int64) * stride_kd, read[None, :],
-                byte < K_BYTES, EDGE or PAGED, K_BYTES != BLOCK_K,
+                k_base + at_k[None, :] + (group * ROWS_K + row_k).to(tl.int64) * stride_kd, read[None, :],
+                row_k < ROWS_K, EDGE or PAGED, ROWS_K != BLOCK_K,
             )  # fmt: skip
-            low, high = _nibbles(k, DTYPE, ADDED, True)
-            product = tl.dot(q_even[group], low, input_precision=PRECISION)
-            product = tl.dot(q_odd[group], high, product, input_precision=PRECISION)
+            nibbles = _nibbles(k, DTYPE, PARTS_K, LEADING)
+            product = tl.zeros((largest.shape[0], BLOCK_N), tl.float32)
+            for part in tl.static_range(PARTS_K):
+                product = tl.dot(q_parts[group * PARTS_K + part], nibbles[part], product, input_precision=PRECISION)
+            if LEADING:
+                k_shift -= k_scale
+            if not SOFTCAP:  # once a key in place of once a score
+                k_scale, k_shift = k_scale * scale, k_shift * scale
             s += product * k_scale[None, :] + k_shift[None, :] * q_sum[group][:, None]
         s, _ = adjusted_scores(
-            s, row[:, None], key[None, :], first, shift, scale, softcap, slope, 0.0, SOFTCAP, ALIBI, False
+            s,
+            row[:, None],
+            key[None, :],
+            first,
+            shift,
+            scale if SOFTCAP else 1.0,
+            softcap,
+            slope,
+            0.0,
+            SOFTCAP,
+            ALIBI,
+            False,
         )
         if PAGED:  # a page that does not exist is not read, and shows as NaN
             s = tl.where((there & ~exists)[None, :], float("nan"), s)
@@ -218,20 +171,20 @@ def _attend(
         new_accs, new_flat = (), ()
         for group in tl.static_range(V_GROUPS):
             v_scale, v_shift = _scale_and_shift(
-                v_pairs + page * stride_vpb + place * stride_vps + group * stride_vpg, read
+                v_pairs + page * stride_vpb + place * stride_vps + group * stride_vpg, read, LEADING
             )
             v = load_tile(
                 v_base + at_v[:, None] + (group * COLS_V + col_v).to(tl.int64) * stride_vd, read[:, None],
                 col_v < COLS_V, EDGE or PAGED, COLS_V != BLOCK_V,
             )  # fmt: skip
-            if PARTS == 4:
-                nibbles = _word_nibbles(v, DTYPE, ADDED)
-            else:
-                nibbles = _nibbles(v, DTYPE, ADDED, False)
+            nibbles = _nibbles(v, DTYPE, PARTS_V, LEADING)
             scaled = (p * v_scale[None, :]).to(DTYPE)
-            rest = tl.sum(p * v_shift[None, :] - ADDED * scaled.to(tl.float32), 1)
-            for part in tl.static_range(PARTS):
-                acc = accs[group * PARTS + part] * correction[:, None]
+            if LEADING:  # what is taken off is what the rounded weights have added
+                rest = tl.sum(p * v_shift[None, :] - scaled.to(tl.float32), 1)
+            else:
+                rest = tl.sum(p * v_shift[None, :], 1)
+            for part in tl.static_range(PARTS_V):
+                acc = accs[group * PARTS_V + part] * correction[:, None]
                 new_accs = new_accs + (tl.dot(scaled, nibbles[part], acc, input_precision=PRECISION),)  # noqa: RUF005
             new_flat = new_flat + (flat[group] * correction + rest,)  # noqa: RUF005
         accs, flat = new_accs, new_flat
@@ -248,9 +201,9 @@ def _decode_int4_kernel(
     window_left, window_right, scale, softcap,
     GROUP: tl.constexpr, HEAD_DIM_V: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, PAGED: tl.constexpr, PAGE_SIZE: tl.constexpr, LENGTHS: tl.constexpr, K_GROUPS: tl.constexpr,
-    V_GROUPS: tl.constexpr, K_BYTES: tl.constexpr, COLS_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    PARTS: tl.constexpr, ADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    V_GROUPS: tl.constexpr, ROWS_K: tl.constexpr, COLS_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    PARTS_K: tl.constexpr, PARTS_V: tl.constexpr, LEADING: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As decode.py's kernel with SPLIT: out_ptr is fp32 (splits, rows of all), lse_ptr in log2 units."""
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
@@ -270,14 +223,16 @@ def _decode_int4_kernel(
         length = tl.minimum(tl.load(seqlens_ptr + batch), capacity)
     shift = length - seqlen_q
     q_base = q_ptr + batch * stride_qb + (row_read * stride_qs + head * stride_qh)[:, None]
-    byte = tl.arange(0, BLOCK_K)[None, :]
-    q_even, q_odd, q_sum = (), (), ()
+    row_k = tl.arange(0, BLOCK_K)[None, :]
+    q_parts, q_sum = (), ()
     for group in tl.static_range(K_GROUPS):
-        feature = 2 * (group * K_BYTES + byte).to(tl.int64)
-        one = load_tile(q_base + feature * stride_qd, there[:, None], byte < K_BYTES, False, K_BYTES != BLOCK_K)
-        other = load_tile(q_base + (feature + 1) * stride_qd, there[:, None], byte < K_BYTES, False, K_BYTES != BLOCK_K)
-        q_even, q_odd = q_even + (one,), q_odd + (other,)  # noqa: RUF005
-        q_sum = q_sum + (tl.sum(one.to(tl.float32), 1) + tl.sum(other.to(tl.float32), 1),)  # noqa: RUF005
+        added = tl.zeros((BLOCK_M,), tl.float32)
+        for part in tl.static_range(PARTS_K):
+            feature = (PARTS_K * (group * ROWS_K + row_k) + part).to(tl.int64)
+            some = load_tile(q_base + feature * stride_qd, there[:, None], row_k < ROWS_K, False, ROWS_K != BLOCK_K)
+            q_parts = q_parts + (some,)  # noqa: RUF005
+            added += tl.sum(some.to(tl.float32), 1)
+        q_sum = q_sum + (added,)  # noqa: RUF005
     slope = tl.zeros((BLOCK_M, 1), tl.float32)
     if ALIBI:
         slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah)[:, None]
@@ -300,7 +255,7 @@ def _decode_int4_kernel(
     )
     accs, flat = (), ()
     for _ in tl.static_range(V_GROUPS):
-        for _ in tl.static_range(PARTS):
+        for _ in tl.static_range(PARTS_V):
             accs = accs + (tl.zeros((BLOCK_M, BLOCK_V), tl.float32),)  # noqa: RUF005
         flat = flat + (tl.zeros((BLOCK_M,), tl.float32),)  # noqa: RUF005
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -310,12 +265,12 @@ def _decode_int4_kernel(
         first = start if part == 0 else inner_start if part == 1 else inner_end
         last = inner_start if part == 0 else inner_end if part == 1 else end
         accs, flat, largest, total = _attend(
-            q_even, q_odd, q_sum, accs, flat, largest, total, k_base, v_base, k_pairs, v_pairs, page_table_ptrs,
+            q_parts, q_sum, accs, flat, largest, total, k_base, v_base, k_pairs, v_pairs, page_table_ptrs,
             first, last, length, stride_kb, stride_ks, stride_kd, stride_vb, stride_vs, stride_vd,
             stride_kpb, stride_kps, stride_kpg, stride_vpb, stride_vps, stride_vpg, page_size, pages, row,
             slope, shift, window_left, window_right, scale, softcap,
-            part != 1, LEFT, RIGHT, SOFTCAP, ALIBI, PAGED, PAGE_SIZE, K_GROUPS, V_GROUPS, K_BYTES, COLS_V, BLOCK_K,
-            BLOCK_V, PARTS, DTYPE, ADDED, PRECISION, BLOCK_N, STAGES,
+            part != 1, LEFT, RIGHT, SOFTCAP, ALIBI, PAGED, PAGE_SIZE, K_GROUPS, V_GROUPS, ROWS_K, COLS_V, BLOCK_K,
+            BLOCK_V, PARTS_K, PARTS_V, DTYPE, LEADING, PRECISION, BLOCK_N, STAGES,
         )  # fmt: skip
     empty = total == 0.0
     top = tl.where(largest == -float("inf"), 0.0, largest)
@@ -325,14 +280,11 @@ def _decode_int4_kernel(
     col_v = tl.arange(0, BLOCK_V)[None, :]
     mask = there[:, None] & (col_v < COLS_V)
     for group in tl.static_range(V_GROUPS):
-        for part in tl.static_range(PARTS):
-            out_ptrs = out_ptr + at[:, None] * HEAD_DIM_V + PARTS * (group * COLS_V + col_v) + part
-            out = (accs[group * PARTS + part] + flat[group][:, None]) * weight[:, None]
+        for part in tl.static_range(PARTS_V):
+            out_ptrs = out_ptr + at[:, None] * HEAD_DIM_V + PARTS_V * (group * COLS_V + col_v) + part
+            out = (accs[group * PARTS_V + part] + flat[group][:, None]) * weight[:, None]
             tl.store(out_ptrs, out, mask=mask)
 
-
-# Where a nibble's bits are the last ones of the number.
-_ADDED = {torch.bfloat16: 128, torch.float16: 1024}
 
 _decode_int4 = Launcher(_decode_int4_kernel)
 
@@ -344,13 +296,21 @@ def run(
     """The splits' results. `stored`: q, the caches and their pairs; the rest are the kernel's own arguments."""
     q, k_cache, v_cache, k_pairs, v_pairs = stored
     k_words, v_words = _words(k_pairs), _words(v_pairs)
-    v_cache, parts = _four_at_once(v_cache, v_words.shape[3])
+    k_cache, k_parts = _four_at_once(k_cache, k_words.shape[3])
+    v_cache, v_parts = _four_at_once(v_cache, v_words.shape[3])
     strides = (*q.stride(), *k_cache.stride(), *v_cache.stride(), *k_words.stride()[:4], *v_words.stride()[:4])
     _decode_int4.launch(
         grid,
         q.device,
         (q, k_cache, v_cache, k_words, v_words, *others, *strides, *numbers),
-        {**options, **_constants(q, k_cache, v_cache, k_words, v_words), "PARTS": parts, **_added(q), **cut},
+        {
+            **options,
+            **_constants(k_cache, v_cache, k_words, v_words),
+            "PARTS_K": k_parts,
+            "PARTS_V": v_parts,
+            "LEADING": q.itemsize == 2 and device.arch(q).startswith("sm_"),
+            **cut,
+        },
         num_warps=num_warps,
     )
 
@@ -363,28 +323,24 @@ def _words(pairs: Tensor) -> Tensor:
     return pairs.view(torch.int32)
 
 
-def _four_at_once(v_cache: Tensor, groups: int) -> tuple[Tensor, int]:
-    """v_cache by 16-bit words of 4 features where it lies so, else by its bytes of 2; and that number."""
-    *strides, last = v_cache.stride()
-    numbers = (v_cache.shape[3] // groups, v_cache.storage_offset(), v_cache.data_ptr(), *strides)
+def _four_at_once(cache: Tensor, groups: int) -> tuple[Tensor, int]:
+    """A cache by 16-bit words of 4 features where it lies so, else by its bytes of 2; and that number."""
+    *strides, last = cache.stride()
+    numbers = (cache.shape[3] // groups, cache.storage_offset(), cache.data_ptr(), *strides)
     if last != 1 or any(number % 2 for number in numbers):
-        return v_cache, 2
-    return v_cache.view(torch.int16), 4
+        return cache, 2
+    return cache.view(torch.int16), 4
 
 
-def _constants(q: Tensor, k_cache: Tensor, v_cache: Tensor, k_pairs: Tensor, v_pairs: Tensor) -> dict[str, int]:
-    """Groups of features, the columns of each, and the blocks that hold those."""
+def _constants(k_cache: Tensor, v_cache: Tensor, k_pairs: Tensor, v_pairs: Tensor) -> dict[str, int]:
+    """Groups of features, the words or bytes of each, and the blocks that hold those."""
     k_groups, v_groups = k_pairs.shape[3], v_pairs.shape[3]
-    k_bytes, v_columns = k_cache.shape[3] // k_groups, v_cache.shape[3] // v_groups
+    k_rows, v_columns = k_cache.shape[3] // k_groups, v_cache.shape[3] // v_groups
     return {
         "K_GROUPS": k_groups,
         "V_GROUPS": v_groups,
-        "K_BYTES": k_bytes,
+        "ROWS_K": k_rows,
         "COLS_V": v_columns,
-        "BLOCK_K": block_of(k_bytes),
+        "BLOCK_K": block_of(k_rows),
         "BLOCK_V": block_of(v_columns),
     }
-
-
-def _added(q: Tensor) -> dict[str, int]:
-    return {"ADDED": _ADDED.get(q.dtype, 0) if device.arch(q).startswith("sm_") else 0}
