@@ -39,6 +39,8 @@ class AttentionCase:
     softcap: float = 0.0
     alibi: bool = False
     bias: tuple[int, int, int, int] | None = None  # 1 = broadcast, 0 = the full size
+    bias_dtype: torch.dtype | None = None  # None: q's
+    bias_hides: bool = False  # -inf in some of it
     sink: bool = False
     key_mask: bool = False
     dropout_p: float = 0.0
@@ -55,7 +57,11 @@ class AttentionCase:
         if self.bias is not None:
             full = (*rows, self.seqlen_k)
             sizes = tuple(size if size else whole for size, whole in zip(self.bias, full, strict=True))
-            found["attn_bias"] = normal(sizes, dtype, device, generator)
+            bias = normal(sizes, self.bias_dtype or dtype, device, generator)
+            if self.bias_hides:
+                bias = bias.masked_fill((torch.rand(sizes, generator=generator) < 0.4).to(device), -torch.inf)
+                bias[:1, :1, :1] = -torch.inf  # a query without keys
+            found["attn_bias"] = bias
         if self.alibi:
             found["alibi_slopes"] = torch.rand((self.batch, self.nheads_q), generator=generator).to(device)
         if self.sink:
@@ -366,8 +372,19 @@ CASES: list[AttentionCase | DecodeCase | MergeCase] = [
     AttentionCase("alibi", alibi=True, causal=True, seqlen_k=50),
     AttentionCase("bias", bias=(0, 0, 0, 0)),
     AttentionCase("bias, broadcast", bias=(1, 0, 1, 0), causal=True),
+    AttentionCase("bias, one batch", bias=(1, 0, 0, 0), batch=3, seqlen_q=70, seqlen_k=130, causal=True),
+    AttentionCase("bias, one head", bias=(0, 1, 0, 0), nheads_q=4, seqlen_q=70, seqlen_k=150),
+    AttentionCase("bias, one query", bias=(0, 0, 1, 0), seqlen_q=70, seqlen_k=150, window_size=(30, 20)),
+    AttentionCase("bias, one key", bias=(0, 0, 0, 1), seqlen_q=70, seqlen_k=300),
+    AttentionCase("bias, one sheet", bias=(1, 1, 0, 0), nheads_q=4, seqlen_q=70, seqlen_k=300),
+    AttentionCase("bias, one number", bias=(1, 1, 1, 1)),
+    AttentionCase("bias, fp32, hides keys", bias=(0, 1, 0, 0), bias_dtype=torch.float32, bias_hides=True, seqlen_k=70),
     AttentionCase("sink", sink=True, key_mask=True, causal=True),
+    AttentionCase("sink, no keys", sink=True, seqlen_k=0),
     AttentionCase("dropout", dropout_p=0.3, causal=True),
+    AttentionCase("dropout, grouped heads", dropout_p=0.5, nheads_q=8, seqlen_q=100, seqlen_k=150),
+    AttentionCase("few queries, softcap, alibi, sink", seqlen_q=2, seqlen_k=90, softcap=3.0, alibi=True, sink=True),
+    AttentionCase("few queries, bias, dropout", seqlen_q=2, seqlen_k=90, bias=(0, 0, 0, 0), dropout_p=0.4),
     AttentionCase(
         "everything",
         nheads_q=4,
@@ -392,6 +409,11 @@ CASES: list[AttentionCase | DecodeCase | MergeCase] = [
     DecodeCase("decode, head_dim 40, head_dim_v 72", head_dim=40, head_dim_v=72, heads_first=True),
     DecodeCase("decode, softcap, alibi, sink", softcap=3.0, alibi=True, sink=True),
     DecodeCase("decode, pages", page_size=8, lengths=(40, 7, 0)),
+    DecodeCase("decode, pages of 1", page_size=1, lengths=(40, 7), seqlen_q=3, alibi=True),
+    DecodeCase("decode, pages of 48", page_size=48, lengths=(40, 200), capacity=240, num_splits=3, nheads_q=8),
+    DecodeCase("decode, int8, pages", cache_dtype=torch.int8, page_size=8, head_dim=40, lengths=(48, 0, 9)),
+    DecodeCase("decode, float8_e4m3fnuz", cache_dtype=torch.float8_e4m3fnuz, heads_first=True, sink=True),
+    DecodeCase("decode, float8_e5m2fnuz", cache_dtype=torch.float8_e5m2fnuz, head_dim=72, softcap=2.0),
     DecodeCase("decode, int8", cache_dtype=torch.int8, seqlen_q=2),
     DecodeCase("decode, float8_e4m3fn", cache_dtype=torch.float8_e4m3fn, num_splits=2),
     DecodeCase("decode, float8_e5m2, pages", cache_dtype=torch.float8_e5m2, page_size=4, window_size=(20, -1)),
