@@ -40,7 +40,7 @@ struct ScoreOptions {
 };
 
 // Packed sequences: q is (total_q, nheads_q, head_dim) with stride_b 0, and so are k, v and the key mask; lse is (nheads_q, total_q).
-// seqlen_q, seqlen_k and shift of the problem are then found from here.
+// The problem's seqlen_q and seqlen_k are then bounds of the sequences' lengths, and its shift is found from here.
 struct PackedSequences {
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // (batch + 1,) contiguous, or null: one sequence a batch entry
   const int32_t* seqused_k;                    // (batch,) contiguous: how many of a sequence's keys count; or null: all

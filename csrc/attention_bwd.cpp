@@ -38,7 +38,7 @@ struct Scratch {
   // Of the tile: scores and dP; then weights and dS by rows of keys, and dS as the dQ product reads it.
   float *S, *dP;
   Elem *P_rows, *dS_rows, *dS;
-  float *bias, *slope, *keep, *dbias;  // tiles of the options
+  float *slope, *keep, *dbias;  // tiles of the options
   int64_t ld, ld_v;              // row length of dK and dV: whole vectors
   int64_t key_depth, val_depth;  // head_dim and head_dim_v padded to TILE_M
 
@@ -65,7 +65,6 @@ struct Scratch {
     dS_rows = Compute::STEP == 1 ? (Elem*)dP : w.take<Elem>(BLOCK_K * BLOCK_Q);
     dS = Compute::STEP == 1 ? (Elem*)dP : w.take<Elem>(BLOCK_K * BLOCK_Q);
     const ScoreOptions& o = p.options;
-    bias = o.attn_bias ? w.take<float>(BLOCK_K * BLOCK_Q) : nullptr;
     dbias = o.attn_bias ? w.take<float>(BLOCK_K * BLOCK_Q) : nullptr;
     slope = o.softcap != 0 ? w.take<float>(BLOCK_K * BLOCK_Q) : nullptr;
     keep = o.dropout_p != 0 ? w.take<float>(BLOCK_K * BLOCK_Q) : nullptr;
@@ -111,7 +110,6 @@ ONEPASS_INLINE Tile<typename Compute::Elem> range_rows(Compute, typename Compute
 }
 
 // acc (keys x depth) += A^T (keys x queries, by rows of keys) x B (queries x depth), in register tiles M keys by N vectors.
-// Not inlined: one copy serves every kind of input, and a call costs nothing beside a tile.
 template <class Compute, int M, int N>
 ONEPASS_INLINE void add_columns(float* acc, int64_t ld, int64_t keys, const typename Compute::Elem* A, int64_t lda,
                                 Tile<typename Compute::Elem> B, int64_t d, int64_t queries) {
@@ -120,7 +118,7 @@ ONEPASS_INLINE void add_columns(float* acc, int64_t ld, int64_t keys, const type
                                             B.data + d * Compute::STEP, B.stride, acc + j * ld + d, ld);
 }
 template <class Compute>
-__attribute__((noinline)) void add_product(float* acc, int64_t ld, int64_t keys, const typename Compute::Elem* A, int64_t lda,
+ONEPASS_OUTLINED void add_product(float* acc, int64_t ld, int64_t keys, const typename Compute::Elem* A, int64_t lda,
                                 Tile<typename Compute::Elem> B, int64_t queries, int64_t depth) {
 #if ONEPASS_VW == 16
   constexpr int WIDE = 4, WIDE_M = 4;  // 4 x 4 accumulators
@@ -375,7 +373,7 @@ struct Range {  // a KV head of a sequence, and a range of its keys
     const int64_t group = p.nheads_q / p.nheads_kv;
     dq_part = dq_part_of_range;
     for (int64_t h = h_kv * group; h < (h_kv + 1) * group; h++) {
-      if (OPTIONS) options = HeadOptions(s, h, scale.after, t.bias, t.slope, t.keep);
+      if (OPTIONS) options = HeadOptions(s, h, scale.after, t.slope, t.keep);
       for (int64_t i0 = 0; i0 < p.seqlen_q; i0 += BLOCK_Q) {
         const int64_t queries = min_of(BLOCK_Q, p.seqlen_q - i0);
         ONEPASS_WITH_VECTORS(queries, (query_block<N>(h, i0, queries)));
@@ -475,6 +473,7 @@ int backward(const AttentionBwdArgs& a) {
 #pragma omp for schedule(static)
     for (int64_t tile = 0; tile < dbias.tiles(); tile++) dbias.clear(tile);
     if (status == ONEPASS_OK) {
+      const FlushDenormals flush(OPTIONS);
       Scratch<Compute> t(w, p, min_of(plan.range_keys, round_up(p.seqlen_k, BLOCK_K)));
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t piece = 0; piece < pieces; piece++)  // causal: the first keys, seen by the most queries, first

@@ -482,6 +482,7 @@ int decode(const AttentionDecodeArgs& a) {
 #pragma omp barrier
     if (status == ONEPASS_OK) {
       auto t = d.take_scratch(w);
+      const FlushDenormals flush(SPECIAL);
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t piece = 0; piece < pieces; piece++)
         d.run(t, piece / d.splits / d.groups, piece / d.splits % d.groups, piece % d.splits);

@@ -15,7 +15,7 @@ template <class Compute>
 struct Scratch {
   typename Compute::Elem *Qt, *K, *V, *P;  // P: the weights as the second product reads them (Fp32: S itself)
   float *Ot, *S, *m, *l, *rescale, *tile_max;
-  float *bias, *keep;           // tiles of the options
+  float* keep;  // what dropout multiplies a tile's weights by, or null
   typename Compute::Elem *k_pages, *v_pages;  // a tile's rows out of pages; of the inputs' type, which is no wider
   int64_t q_size, o_size;
 
@@ -32,7 +32,6 @@ struct Scratch {
     l = w.take<float>(blocks * BLOCK_Q);
     rescale = w.take<float>(BLOCK_Q);
     tile_max = w.take<float>(BLOCK_Q);
-    bias = p.options.attn_bias ? w.take<float>(BLOCK_K * BLOCK_Q) : nullptr;
     keep = p.options.dropout_p != 0 ? w.take<float>(BLOCK_K * BLOCK_Q) : nullptr;
     k_pages = paged ? w.take<typename Compute::Elem>(BLOCK_K * p.head_dim) : nullptr;
     v_pages = paged ? w.take<typename Compute::Elem>(BLOCK_K * p.head_dim_v) : nullptr;
@@ -106,8 +105,13 @@ ONEPASS_INLINE void attend_part(Scratch<Compute>& t, const Head<OPTIONS>& head, 
                                 TileRows rows, bool masked, Tile<typename Compute::Elem> K, Tile<typename Compute::Elem> V) {
   constexpr int STEP = Compute::STEP;
   const AttentionProblem& p = head.p;
-  score_tile<Compute, N, !OPTIONS>(t.S, K, rows, p.head_dim, t.Qt + block * t.q_size + lane * STEP, t.tile_max);
-  if (OPTIONS) head.options->template modify<N>(t.S, at, rows, 0);
+  const auto* Qt = t.Qt + block * t.q_size + lane * STEP;
+  if (OPTIONS) {
+    score_tile<Compute, N, false>(t.S, K, rows, p.head_dim, Qt, nullptr);
+    head.options->template modify<N>(t.S, at, rows, 0);
+  } else {
+    score_tile<Compute, N, true>(t.S, K, rows, p.head_dim, Qt, t.tile_max);
+  }
   if (OPTIONS && t.keep) head.options->template draw<N>(at, rows, 0);
   if (masked) mask_tile<N>(t.S, p, head.mask, at.i0, at.j0, at.keys, rows);
   if (masked || OPTIONS) {
@@ -181,7 +185,7 @@ void attend_head(Scratch<Compute>& t, const AttentionFwdArgs& a, const Sequence&
   const int64_t h_kv = h / (p.nheads_q / p.nheads_kv);
   const KeyMask mask = key_mask_of(p, 0);
   const ScoreScale scale = score_scale(Compute{}, p.softmax_scale);
-  const HeadOptions options = OPTIONS ? HeadOptions(s, h, scale.after, t.bias, nullptr, t.keep) : HeadOptions();
+  const HeadOptions options = OPTIONS ? HeadOptions(s, h, scale.after, nullptr, t.keep) : HeadOptions();
   const Head<OPTIONS> head = {p, mask, scale.after, &options};
   const float sink = sink_of(p.options, h);
   const int64_t end = first_query + queries;
@@ -238,6 +242,7 @@ int forward(const AttentionFwdArgs& a) {
 #pragma omp barrier
     if (status == ONEPASS_OK) {
       Scratch<Compute> t(w, p, blocks, paged);
+      const FlushDenormals flush(OPTIONS);
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t piece = 0; piece < pieces; piece++) {
         const int64_t head = piece / chunks, chunk = chunks - 1 - piece % chunks;  // causal: the longest first

@@ -21,6 +21,24 @@ ONEPASS_INLINE float element(const void* data, int64_t dtype, int64_t index) {
   }
 }
 
+// While this lives, results below 2^-126 are 0. ALiBi, biases and sharp scores fill whole bands with such weights, and x86
+// takes 100 cycles and more for each.
+class FlushDenormals {
+ public:
+#if defined(__x86_64__)
+  explicit FlushDenormals(bool flush) : saved_(_mm_getcsr()) {
+    if (flush) _mm_setcsr(saved_ | 0x8040);
+  }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+  FlushDenormals(const FlushDenormals&) = delete;
+
+ private:
+  unsigned saved_;
+#else
+  explicit FlushDenormals(bool) {}
+#endif
+};
+
 // The sink's logit of a head; -inf without one.
 ONEPASS_INLINE float sink_of(const ScoreOptions& o, int64_t h) {
   return o.attn_sink ? element(o.attn_sink, o.sink_dtype, h * o.sink_stride) : NEG_INF;
@@ -46,10 +64,9 @@ struct TilePlace {
 class HeadOptions {
  public:
   HeadOptions() = default;  // none
-  // scale: what is left to multiply products by. Tiles of scratch: of the bias, and of softcap's slope (or null) and of
-  // dropout's factors.
-  HeadOptions(const Sequence& s, int64_t h, float scale, float* bias_tile, float* slope_tile, float* keep_tile)
-      : scale_(scale), bias_tile_(bias_tile), slope_tile_(slope_tile), keep_tile_(keep_tile) {
+  // scale: what is left to multiply products by. Tiles of scratch: of softcap's slope (or null) and of dropout's factors.
+  HeadOptions(const Sequence& s, int64_t h, float scale, float* slope_tile, float* keep_tile)
+      : scale_(scale), slope_tile_(slope_tile), keep_tile_(keep_tile) {
     const ScoreOptions& o = s.p.options;
     softcap_ = (float)o.softcap;
     shift_ = s.p.shift;
@@ -89,15 +106,7 @@ class HeadOptions {
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++) store(S + r * BLOCK_Q + n * VW, load(S + r * BLOCK_Q + n * VW) * broadcast(scale_));
     if (alibi_ != 0.f) add_alibi<N>(S, at, rows);
-    if (bias_) {
-      load_bias<N>(at, rows);
-      for (int64_t r = rows.begin; r < rows.end; r++)
-#pragma GCC unroll 4
-        for (int n = 0; n < N; n++) {
-          float* s = S + r * BLOCK_Q + n * VW;
-          store(s, load(s) + load(bias_tile_ + r * BLOCK_Q + n * VW));
-        }
-    }
+    if (bias_) add_bias<N>(S, at, rows);
   }
 
   // What dropout multiplies weights by: 0 or 1 / (1 - p). Tiles begin at a multiple of four keys, which share a counter.
@@ -144,31 +153,57 @@ class HeadOptions {
       }
   }
 
-  // The bias of the rows that hold keys, transposed like the scores; 0 for lanes without a query.
   template <int N>
-  void load_bias(TilePlace at, TileRows rows) const {
+  void add_bias(float* S, TilePlace at, TileRows rows) const {
     switch (bias_dtype_) {
-      case ONEPASS_F32: return load_bias_of<N>((const float*)bias_, at, rows);
-      case ONEPASS_F16: return load_bias_of<N>((const f16*)bias_, at, rows);
-      default: return load_bias_of<N>((const bf16*)bias_, at, rows);
+      case ONEPASS_F32: return add_bias_of<N>(S, (const float*)bias_, at, rows);
+      case ONEPASS_F16: return add_bias_of<N>(S, (const f16*)bias_, at, rows);
+      default: return add_bias_of<N>(S, (const bf16*)bias_, at, rows);
     }
   }
+
+  // Of the rows that hold keys; lanes without a query get none.
   template <int N, class T>
-  void load_bias_of(const T* bias, TilePlace at, TileRows rows) const {
+  void add_bias_of(float* tile, const T* bias, TilePlace at, TileRows rows) const {
     const T* src = bias + bias_offset_ + at.i0 * bias_stride_q_ + (at.j0 + rows.begin) * bias_stride_k_;
-    float* dst = bias_tile_ + rows.begin * BLOCK_Q;
+    float* S = tile + rows.begin * BLOCK_Q;
     const int64_t keys = min_of(rows.end, at.keys) - rows.begin;
-    if (bias_stride_q_ == 0) {
-      for (int64_t r = 0; r < keys; r++)
+    if (bias_stride_k_ == 1 && bias_stride_q_ != 0) fetch_ahead(src, at.queries);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; n++) store(dst + r * BLOCK_Q + n * VW, broadcast(to_float(src[r * bias_stride_k_])));
-    } else if (bias_stride_q_ == 1 && at.queries >= N * VW) {
-      for (int64_t r = 0; r < keys; r++)
-#pragma GCC unroll 4
-        for (int n = 0; n < N; n++) store(dst + r * BLOCK_Q + n * VW, load(src + r * bias_stride_k_ + n * VW));
-    } else {
-      pack_transposed(dst, src, bias_stride_q_, bias_stride_k_, at.queries, keys, 1.f);
+    for (int n = 0; n < N; n++, S += VW, src += VW * bias_stride_q_) {
+      const int64_t queries = min_of(VW, at.queries - n * VW);
+      const bool one = bias_stride_q_ == 0, adjacent = bias_stride_q_ == 1 && queries == VW;
+      int64_t r = 0;
+      if (bias_stride_k_ == 1 && !one)
+        for (; r + VW <= keys; r += VW) {
+          vf block[VW];
+#pragma GCC unroll 16
+          for (int x = 0; x < VW; x++) block[x] = x < queries ? load(src + x * bias_stride_q_ + r) : (vf){};
+          transpose(block);
+#pragma GCC unroll 16
+          for (int x = 0; x < VW; x++) store(S + (r + x) * BLOCK_Q, load(S + (r + x) * BLOCK_Q) + block[x]);
+        }
+      for (; r < keys; r++) {
+        const T* from = src + r * bias_stride_k_;
+        vf added = {};
+        if (one)
+          added = broadcast(to_float(*from));
+        else if (adjacent)
+          added = load(from);
+        else
+          for (int64_t x = 0; x < queries; x++) added[x] = to_float(from[x * bias_stride_q_]);
+        store(S + r * BLOCK_Q, load(S + r * BLOCK_Q) + added);
+      }
     }
+  }
+
+  // The bias of the next tile of keys comes from rows far apart, which the processor does not guess.
+  template <class T>
+  void fetch_ahead(const T* src, int64_t queries) const {
+    constexpr int LINE = 64 / (int)sizeof(T);
+    for (int64_t i = 0; i < queries; i++)
+#pragma GCC unroll 4
+      for (int64_t j = BLOCK_K; j < 2 * BLOCK_K; j += LINE) __builtin_prefetch(src + i * bias_stride_q_ + j, 0, 2);
   }
 
   float scale_ = 1.f, softcap_ = 0.f, alibi_ = 0.f, keep_factor_ = 0.f;
@@ -176,7 +211,7 @@ class HeadOptions {
   const void* bias_ = nullptr;
   int64_t bias_dtype_ = 0, bias_offset_ = 0, bias_stride_q_ = 0, bias_stride_k_ = 0;
   uint32_t key0_ = 0, key1_ = 0, offset_ = 0, sheet_ = 0, threshold_ = 0;
-  float *bias_tile_ = nullptr, *slope_tile_ = nullptr, *keep_tile_ = nullptr;
+  float *slope_tile_ = nullptr, *keep_tile_ = nullptr;
 };
 
 }  // namespace

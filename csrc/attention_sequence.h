@@ -9,8 +9,8 @@ namespace {
 struct Sequence {
   AttentionProblem p;  // with its own lengths, shift and key mask
   int64_t b;
-  int64_t q0, k0;          // its first query and key in packed tensors
-  int64_t lse_b, lse_h;    // from sequence to sequence and from head to head in lse
+  int64_t q0, k0;        // its first query and key in packed tensors
+  int64_t lse_b, lse_h;  // from sequence to sequence and from head to head in lse
 
   template <class T>
   T* query(const Tensor4& x, int64_t h, int64_t i) const {
@@ -59,11 +59,13 @@ ONEPASS_INLINE bool pages_exist(const PageTable& t, int64_t b, int64_t keys) {
   return true;
 }
 
-// Packed sequences: checks lengths and pages, and sets the problem's lengths to the longest. False: an index is out of range.
+// Packed sequences: checks lengths (which the problem's are bounds of) and pages, and sets the problem's to the longest. False: an
+// index is out of range.
 ONEPASS_INLINE bool take_lengths(AttentionProblem& p, const PackedSequences& packed, const PageTable& pages) {
   if (!packed.cu_seqlens_q) return true;
   if (!rises(packed.cu_seqlens_q, p.batch, packed.total_q)) return false;
   if (packed.cu_seqlens_k && !rises(packed.cu_seqlens_k, p.batch, packed.total_k)) return false;
+  const int64_t most_queries = p.seqlen_q, most_keys = p.seqlen_k;
   p.seqlen_q = p.seqlen_k = 0;
   for (int64_t b = 0; b < p.batch; b++) {
     const int64_t keys = keys_of(packed, b);
@@ -73,7 +75,7 @@ ONEPASS_INLINE bool take_lengths(AttentionProblem& p, const PackedSequences& pac
     p.seqlen_q = max_of(p.seqlen_q, packed.cu_seqlens_q[b + 1] - packed.cu_seqlens_q[b]);
     p.seqlen_k = max_of(p.seqlen_k, keys);
   }
-  return true;
+  return p.seqlen_q <= most_queries && p.seqlen_k <= most_keys;
 }
 
 // Elements from a paged tensor's first to key j of sequence b, and how many keys from j on lie in one page.

@@ -32,6 +32,88 @@ _MERGE_BWD = struct.Struct("=15q")
 _CPU = torch.device("cpu")
 
 
+def forward_packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None,
+    page_table: Tensor | None, attn_bias: Tensor | None, alibi_slopes: Tensor | None, attn_sink: Tensor | None,
+    key_mask: Tensor | None, rng_state: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float,
+    window_left: int, window_right: int, bottom_right: bool, softcap: float, dropout_p: float, deterministic: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out (total_q, nheads_q, head_dim_v) and lse (nheads_q, total_q) of packed sequences, in one call of the kernel.
+
+    k and v are (total_k, nheads_kv, head_dim), or (pages, page_size, nheads_kv, head_dim) with page_table. Raises
+    IndexError for lengths or pages that do not fit.
+    """
+    out = torch.empty((*q.shape[:2], v.shape[-1]), dtype=q.dtype, device=_CPU)
+    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=_CPU)
+    pages: tuple[int, ...] = _NO_PAGES
+    if page_table is not None:
+        pages = _page_table(page_table, k)
+        seqused_k = seqused_k if cu_seqlens_k is None or seqused_k is not None else cu_seqlens_k.diff()
+        cu_seqlens_k = None
+    if cu_seqlens_q.shape[0] > 1:
+        options = _score_options(attn_bias, alibi_slopes, attn_sink, rng_state, softcap, dropout_p)
+        sizes = _packed_sizes(q, k, v, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+        mask = None if key_mask is None else key_mask.expand(sizes[0], -1)
+        problem = _problem(q.dtype, sizes, mask, softmax_scale, window_left, window_right, False, options)
+        lengths = [_int32(x) for x in (cu_seqlens_q, cu_seqlens_k, seqused_k)]
+        packed_tensor = _tensor if page_table is not None else _packed_tensor
+        cpu_library.kernel("attention_fwd")(
+            _FWD.pack(
+                *problem, *_packed_tensor(q), *packed_tensor(k), *packed_tensor(v), *_packed_tensor(out),
+                lse.data_ptr(), *_pointers(lengths), q.shape[0], k.shape[0], bottom_right, *pages,
+            )
+        )  # fmt: skip
+    return out, lse
+
+
+def backward_packed(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None, attn_bias: Tensor | None,
+    alibi_slopes: Tensor | None, attn_sink: Tensor | None, key_mask: Tensor | None, rng_state: Tensor | None,
+    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, window_left: int, window_right: int,
+    bottom_right: bool, softcap: float, dropout_p: float, deterministic: bool, need_dq: bool, need_dkv: bool,
+    need_dbias: bool, need_dsink: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, dbias and dsink of packed sequences; zeros for keys that are not used."""
+    dq, dk, dv = (_zeros_like(x if need else None, q) for x, need in ((q, need_dq), (k, need_dkv), (v, need_dkv)))
+    dbias = _zeros_like(attn_bias if need_dbias else None, q)
+    dsink = _zeros_like(attn_sink if need_dsink else None, q)
+    if q.numel() and cu_seqlens_q.shape[0] > 1:
+        lse = lse.contiguous()
+        dlse = None if dlse is None else dlse.contiguous()
+        options = _score_options(attn_bias, alibi_slopes, attn_sink, rng_state, softcap, dropout_p)
+        sizes = _packed_sizes(q, k, v, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+        mask = None if key_mask is None else key_mask.expand(sizes[0], -1)
+        problem = _problem(q.dtype, sizes, mask, softmax_scale, window_left, window_right, False, options)
+        lengths = [_int32(x) for x in (cu_seqlens_q, cu_seqlens_k, seqused_k)]
+        tensors = [value for x in (q, k, v, out, do) for value in _packed_tensor(x)]
+        gradients = [value for x in (dq, dk, dv) for value in (_packed_tensor(x) if x.numel() else _ABSENT)]
+        cpu_library.kernel("attention_bwd")(
+            _BWD.pack(
+                *problem, *tensors, lse.data_ptr(), 0 if dlse is None else dlse.data_ptr(), *gradients,
+                *_option_gradients(dbias, dsink), *_pointers(lengths), q.shape[0], k.shape[0], bottom_right,
+            )
+        )  # fmt: skip
+    return dq, dk, dv, dbias, dsink
+
+
+def _packed_sizes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, max_q: int, max_k: int) -> Sizes:
+    return cu_seqlens_q.shape[0] - 1, max_q, max_k, q.shape[1], k.shape[-2], q.shape[2], v.shape[-1]
+
+
+def _packed_tensor(x: Tensor) -> tuple[int, ...]:
+    """(total, nheads, head_dim) as a struct Tensor4."""
+    return (x.data_ptr(), 0, *x.stride())
+
+
+def _int32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _pointers(tensors: list[Tensor | None]) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
 def _outputs(q: Tensor, sizes: Sizes, need_lse: bool = True) -> tuple[Tensor, Tensor]:
     """Memory for out and lse, which is empty where nobody needs it."""
     batch, seqlen_q, _, nheads_q, _, _, head_dim_v = sizes
