@@ -27,7 +27,7 @@ class FlushDenormals {
  public:
 #if defined(__x86_64__)
   explicit FlushDenormals(bool flush) : saved_(_mm_getcsr()) {
-    if (flush) _mm_setcsr(saved_ | 0x8040);
+    if (flush) _mm_setcsr(saved_ | _MM_FLUSH_ZERO_ON);
   }
   ~FlushDenormals() { _mm_setcsr(saved_); }
   FlushDenormals(const FlushDenormals&) = delete;

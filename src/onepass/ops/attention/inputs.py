@@ -39,7 +39,7 @@ class AttentionCase:
     softcap: float = 0.0
     alibi: bool = False
     bias: tuple[int, int, int, int] | None = None  # 1 = broadcast, 0 = the full size
-    bias_dtype: torch.dtype | None = None  # None: q's
+    bias_fp32: bool = False  # else of q's dtype
     bias_hides: bool = False  # -inf in some of it
     sink: bool = False
     key_mask: bool = False
@@ -57,7 +57,7 @@ class AttentionCase:
         if self.bias is not None:
             full = (*rows, self.seqlen_k)
             sizes = tuple(size if size else whole for size, whole in zip(self.bias, full, strict=True))
-            bias = normal(sizes, self.bias_dtype or dtype, device, generator)
+            bias = normal(sizes, spec.lse_dtype(dtype) if self.bias_fp32 else dtype, device, generator)
             if self.bias_hides:
                 bias = bias.masked_fill((torch.rand(sizes, generator=generator) < 0.4).to(device), -torch.inf)
                 bias[:1, :1, :1] = -torch.inf  # a query without keys
@@ -157,7 +157,17 @@ class AttentionCase:
         group = self.nheads_q // self.nheads_kv
         k, v = (x.transpose(1, 2).abs().repeat_interleave(group, 1) for x in (k, v))
         do = do.transpose(1, 2).abs()
-        ds = rounded * (do @ v.mT + (do * (p @ v)).sum(-1, keepdim=True) + used["dlse"].abs().unsqueeze(-1))
+        delta = (do * (p @ v)).sum(-1, keepdim=True) + used["dlse"].abs().unsqueeze(-1)
+        ds = rounded * (do @ v.mT + delta)
+        dbias, dsink = ds, torch.zeros(1)
+        if "attn_bias" in used:
+            if self.bias_fp32:  # finer than the rounding of out, which delta is computed from
+                eps = torch.finfo(inputs["q"].dtype).eps / torch.finfo(torch.float32).eps
+                dbias = ds + p * (do * (p @ v)).sum(-1, keepdim=True) * (eps / 2)
+            dbias = dbias.sum([dim for dim in range(4) if used["attn_bias"].shape[dim] == 1], keepdim=True)
+        if "attn_sink" in used:
+            weight = torch.exp(used["attn_sink"].view(-1, 1) - lse) * (1.0 + lse.abs())
+            dsink = (weight * delta.squeeze(-1)).nan_to_num().sum((0, 2))
         scale = abs(self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale)
         return {
             "lse": LSE_TERMS,
@@ -165,7 +175,8 @@ class AttentionCase:
             "dq": scale * float((ds @ k).max()),
             "dk": scale * float((ds.mT @ q.transpose(1, 2).abs()).max()),
             "dv": float((rounded.mT @ do).max()),
-            "dattn_bias": float(ds.max()),
+            "dattn_bias": float(dbias.max()),
+            "dattn_sink": float(dsink.max()),
         }
 
     def backends(self, inputs: Mapping[str, Tensor]) -> list[str]:
@@ -378,7 +389,7 @@ CASES: list[AttentionCase | DecodeCase | MergeCase] = [
     AttentionCase("bias, one key", bias=(0, 0, 0, 1), seqlen_q=70, seqlen_k=300),
     AttentionCase("bias, one sheet", bias=(1, 1, 0, 0), nheads_q=4, seqlen_q=70, seqlen_k=300),
     AttentionCase("bias, one number", bias=(1, 1, 1, 1)),
-    AttentionCase("bias, fp32, hides keys", bias=(0, 1, 0, 0), bias_dtype=torch.float32, bias_hides=True, seqlen_k=70),
+    AttentionCase("bias, fp32, hides keys", bias=(0, 1, 0, 0), bias_fp32=True, bias_hides=True, seqlen_k=70),
     AttentionCase("sink", sink=True, key_mask=True, causal=True),
     AttentionCase("sink, no keys", sink=True, seqlen_k=0),
     AttentionCase("dropout", dropout_p=0.3, causal=True),
