@@ -159,15 +159,17 @@ class AttentionCase:
         do = do.transpose(1, 2).abs()
         delta = (do * (p @ v)).sum(-1, keepdim=True) + used["dlse"].abs().unsqueeze(-1)
         ds = rounded * (do @ v.mT + delta)
+        # delta is computed from out as it is stored.
+        eps = torch.finfo(inputs["q"].dtype).eps / torch.finfo(torch.float32).eps
+        delta_rounding = (do * (p @ v)).sum(-1) * (eps / 2)
         dbias, dsink = ds, torch.zeros(1)
         if "attn_bias" in used:
-            if self.bias_fp32:  # finer than the rounding of out, which delta is computed from
-                eps = torch.finfo(inputs["q"].dtype).eps / torch.finfo(torch.float32).eps
-                dbias = ds + p * (do * (p @ v)).sum(-1, keepdim=True) * (eps / 2)
+            if self.bias_fp32:  # finer than delta
+                dbias = ds + p * delta_rounding.unsqueeze(-1)
             dbias = dbias.sum([dim for dim in range(4) if used["attn_bias"].shape[dim] == 1], keepdim=True)
         if "attn_sink" in used:
             weight = torch.exp(used["attn_sink"].view(-1, 1) - lse) * (1.0 + lse.abs())
-            dsink = (weight * delta.squeeze(-1)).nan_to_num().sum((0, 2))
+            dsink = (weight * (delta.squeeze(-1) + delta_rounding)).nan_to_num().sum((0, 2))
         scale = abs(self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale)
         return {
             "lse": LSE_TERMS,
