@@ -253,6 +253,10 @@ struct Decode {
   static void copy_rows(T* dst, int64_t ld, const T* src, const Tensor4& layout, int64_t keys, int64_t features, KeyMask mask) {
     for (int64_t j = 0; j < keys; j++) {
       const bool seen = mask.sees(j);
+      if (seen && features == ld && layout.stride_d == 1) {
+        memcpy(dst + j * ld, src + j * layout.stride_s, sizeof(T) * (size_t)ld);
+        continue;
+      }
       for (int64_t d = 0; d < ld; d++) dst[j * ld + d] = seen && d < features ? src[j * layout.stride_s + d * layout.stride_d] : T{};
     }
   }

@@ -3,9 +3,18 @@
 #pragma once
 #include "simd.h"
 
-typedef uint8_t vb __attribute__((vector_size(VW)));
-typedef uint8_t vb_unaligned __attribute__((vector_size(VW), aligned(1), may_alias));
-typedef int8_t vsb __attribute__((vector_size(VW)));
+// Bytes, one a lane.
+ONEPASS_INLINE vi load_bytes(const uint8_t* p) {
+#if ONEPASS_VW == 16
+  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif ONEPASS_VW == 8
+  return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  vi v;
+  for (int i = 0; i < VW; i++) v[i] = p[i];
+  return v;
+#endif
+}
 
 // A sign, an exponent and a mantissa, which moved up by `shift` bits lie where fp32 has them.
 struct ByteFloat {
@@ -35,18 +44,25 @@ ONEPASS_INLINE vf widen(vi byte, ByteFloat f) {
   return byte == f.not_a_number ? broadcast(__builtin_nanf("")) : value;
 }
 
+// Stores numbers that need no rounding.
+template <class T>
+ONEPASS_INLINE void store_exact(T* p, vf v) { store(p, v); }
+#if ONEPASS_VW == 16
+ONEPASS_INLINE void store_exact(bf16* p, vf v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)v, 16)));
+}
+#endif
+
 // dst[d] = the number that src[d] stands for; up to whole vectors if there are `room` elements, then zeros.
 template <class T>
 ONEPASS_INLINE void dequantize(T* dst, int64_t room, const uint8_t* src, int64_t stride, int64_t count, int64_t format) {
   const ByteFloat f = byte_float(format);
   for (int64_t d = 0; d < room; d += VW) {
-    vb bytes = {};
-    if (stride == 1 && d + VW <= count)
-      bytes = *(const vb_unaligned*)(src + d);
-    else
-      for (int64_t x = 0; x < VW && d + x < count; x++) bytes[x] = src[(d + x) * stride];
-    const vf value = format == ONEPASS_INT8 ? __builtin_convertvector(__builtin_convertvector((vsb)bytes, vi), vf)
-                                            : widen(__builtin_convertvector(bytes, vi), f);
-    store(dst + d, value);
+    uint8_t last[VW] = {};
+    const bool whole = stride == 1 && d + VW <= count;
+    for (int64_t x = 0; !whole && x < VW && d + x < count; x++) last[x] = src[(d + x) * stride];
+    const vi bytes = load_bytes(whole ? src + d : last);
+    const vf value = format == ONEPASS_INT8 ? __builtin_convertvector(bytes << 24 >> 24, vf) : widen(bytes, f);
+    store_exact(dst + d, value);
   }
 }
