@@ -5,6 +5,17 @@
 
 enum OnepassDtype : int64_t { ONEPASS_F32 = 0, ONEPASS_BF16 = 1, ONEPASS_F16 = 2 };
 
+// How a cache's elements are stored: in q's dtype, or in one byte.
+enum OnepassCacheFormat : int64_t {
+  ONEPASS_PLAIN = 0,
+  ONEPASS_INT8 = 1,
+  ONEPASS_E4M3FN = 2,
+  ONEPASS_E5M2 = 3,
+  ONEPASS_E4M3FNUZ = 4,
+  ONEPASS_E5M2FNUZ = 5,
+  ONEPASS_INT4 = 6
+};
+
 // What a kernel returns.
 // BAD_INDEX: an index or a length in a tensor points outside its array; nothing was read there.
 enum OnepassStatus : int { ONEPASS_OK = 0, ONEPASS_OUT_OF_MEMORY = 1, ONEPASS_BAD_INDEX = 2 };
@@ -13,6 +24,34 @@ enum OnepassStatus : int { ONEPASS_OK = 0, ONEPASS_OUT_OF_MEMORY = 1, ONEPASS_BA
 struct Tensor4 {
   void* data;
   int64_t stride_b, stride_s, stride_h, stride_d;
+};
+
+// What changes the scores beyond scale and masks, in this order: softcap, ALiBi, bias; then the sink and dropout.
+struct ScoreOptions {
+  double softcap;    // 0 = none
+  double dropout_p;  // 0 = none
+  const float* alibi_slopes;
+  int64_t alibi_stride_b, alibi_stride_h;
+  const void* attn_bias;  // fp32 or of q's dtype; strides are 0 in broadcast dimensions
+  int64_t bias_dtype, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k;
+  const void* attn_sink;  // (nheads_q,), fp32 or of q's dtype
+  int64_t sink_dtype, sink_stride;
+  const int64_t* rng_state;  // seed and offset of dropout
+  int64_t rng_stride;
+};
+
+// Packed sequences: q is (total_q, nheads_q, head_dim) with stride_b 0, and so are k, v and the key mask; lse is (nheads_q, total_q).
+// The problem's seqlen_q and seqlen_k are then bounds of the sequences' lengths, and its shift is found from here.
+struct PackedSequences {
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;  // (batch + 1,) contiguous, or null: one sequence a batch entry
+  const int32_t* seqused_k;                    // (batch,) contiguous: how many of a sequence's keys count; or null: all
+  int64_t total_q, total_k, bottom_right;
+};
+
+// Keys and values in pages (pages, page_size, nheads_kv, head_dim); stride_b of k and v is a page's.
+struct PageTable {
+  const int32_t* table;  // (batch, max_pages), or null: not paged
+  int64_t stride_b, stride_p, max_pages, pages, page_size;
 };
 
 // What forward and backward share: the problem and the options on its scores.
@@ -24,12 +63,15 @@ struct AttentionProblem {
   double softmax_scale;
   const uint8_t* key_mask;  // (batch, seqlen_k), nonzero = seen
   int64_t key_mask_stride_b, key_mask_stride_s;
+  ScoreOptions options;
 };
 
 struct AttentionFwdArgs {
   AttentionProblem problem;
   Tensor4 q, k, v, out;  // out contiguous
   float* lse;            // (batch, nheads_q, seqlen_q) contiguous, natural log; or null
+  PackedSequences packed;
+  PageTable pages;  // only with packed sequences; cu_seqlens_k is then null
 };
 
 struct AttentionBwdArgs {
@@ -38,6 +80,10 @@ struct AttentionBwdArgs {
   const float* lse;   // (batch, nheads_q, seqlen_q) contiguous
   const float* dlse;  // the same, or null
   Tensor4 dq, dk, dv;  // contiguous; data null where not needed
+  void* dbias;         // of the bias's dtype, contiguous and zero, (1 or batch, 1 or nheads_q, 1 or rows, 1 or columns); or null
+  int64_t dbias_batch, dbias_heads, dbias_rows, dbias_columns;
+  void* dsink;  // (nheads_q,) contiguous, of the sink's dtype; or null
+  PackedSequences packed;
 };
 
 struct AttentionDecodeArgs {
@@ -46,6 +92,13 @@ struct AttentionDecodeArgs {
   float* lse;                    // as in forward, or null
   const int32_t* cache_seqlens;  // (batch,), or null: the caches are full
   int64_t num_splits;            // parts the keys are cut into; 0 = chosen from heads, keys and threads
+  PageTable pages;
+  // The caches' formats, and what their elements are multiplied by, (batch, nheads_kv) with any strides; or null: 1.
+  int64_t k_format, v_format;
+  const float* k_descale;
+  int64_t k_descale_stride_b, k_descale_stride_h;
+  const float* v_descale;
+  int64_t v_descale_stride_b, v_descale_stride_h;
 };
 
 struct MergeArgs {
@@ -155,8 +208,6 @@ struct RepeatKvArgs {
   Tensor4 x;  // what is repeated; in the backward the gradient of the repeated heads
   void* out;  // contiguous
 };
-
-enum OnepassCacheFormat : int64_t { ONEPASS_CACHE_COPY = 0, ONEPASS_CACHE_INT8 = 1, ONEPASS_CACHE_INT4 = 2 };
 
 struct AppendKvArgs {
   int64_t dtype, num_threads, format, batch, seqlen, nheads_kv, head_dim;

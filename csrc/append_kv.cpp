@@ -79,9 +79,9 @@ int append(const AppendKvArgs& a) {
       for (int64_t h = 0; h < a.nheads_kv; h++) {
         const T* x = (const T*)a.x.data + b * a.x.stride_b + s * a.x.stride_s + h * a.x.stride_h;
         const int64_t to = at.row * a.cache.stride_b + at.position * a.cache.stride_s + h * a.cache.stride_h;
-        if (a.format == ONEPASS_CACHE_COPY) {
+        if (a.format == ONEPASS_PLAIN) {
           copy_row(x, a.x.stride_d, (T*)a.cache.data + to, a.cache.stride_d, a.head_dim);
-        } else if (a.format == ONEPASS_CACHE_INT8) {
+        } else if (a.format == ONEPASS_INT8) {
           const float descale = a.descale[b * a.descale_stride_b + h * a.descale_stride_h];
           quantize_int8(x, a.x.stride_d, (int8_t*)a.cache.data + to, a.cache.stride_d, a.head_dim, descale);
         } else {

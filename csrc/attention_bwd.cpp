@@ -7,7 +7,11 @@
 // One piece of work is a KV head and a range of its keys, against all queries of all heads that share it: dK and dV of the
 // range are complete at its end, with no atomics. Where heads alone do not keep all cores busy the keys are cut into
 // several ranges; each then leaves its own part of dQ, and the parts are added in order, so results repeat bit for bit.
-#include "attention_tile.h"
+// A bias that several sequences or heads share makes one piece of them: it has the sum of their dS to itself.
+//
+// With the options (attention_scores.h) P is what was summed in lse, Z P with dropout's factors Z what met V; dS is the bias's
+// gradient, and times softcap's slope that of the scaled products. The sink's is - sum of exp(sink - lse) * delta.
+#include "attention_bias_gradient.h"
 #include "workspace.h"
 
 namespace {
@@ -17,7 +21,9 @@ constexpr int64_t MAX_RANGES = 8;
 struct Plan {
   int64_t ranges;      // key ranges a head
   int64_t range_keys;  // keys in each, a multiple of BLOCK_K
-  float* dq_parts;     // (ranges, batch, nheads_q, seqlen_q, head_dim) when ranges > 1
+  Owners owners;       // of the pieces of a range
+  int64_t dq_part;     // elements of one
+  float* dq_parts;     // (ranges, batch, nheads_q, seqlen_q, head_dim) or (ranges, nheads_q, total_q, head_dim) when ranges > 1
 };
 
 template <class Compute>
@@ -32,6 +38,7 @@ struct Scratch {
   // Of the tile: scores and dP; then weights and dS by rows of keys, and dS as the dQ product reads it.
   float *S, *dP;
   Elem *P_rows, *dS_rows, *dS;
+  float *slope, *keep, *dbias;  // tiles of the options
   int64_t ld, ld_v;              // row length of dK and dV: whole vectors
   int64_t key_depth, val_depth;  // head_dim and head_dim_v padded to TILE_M
 
@@ -57,6 +64,10 @@ struct Scratch {
     P_rows = Compute::STEP == 1 ? (Elem*)S : w.take<Elem>(BLOCK_K * BLOCK_Q);
     dS_rows = Compute::STEP == 1 ? (Elem*)dP : w.take<Elem>(BLOCK_K * BLOCK_Q);
     dS = Compute::STEP == 1 ? (Elem*)dP : w.take<Elem>(BLOCK_K * BLOCK_Q);
+    const ScoreOptions& o = p.options;
+    dbias = o.attn_bias ? w.take<float>(BLOCK_K * BLOCK_Q) : nullptr;
+    slope = o.softcap != 0 ? w.take<float>(BLOCK_K * BLOCK_Q) : nullptr;
+    keep = o.dropout_p != 0 ? w.take<float>(BLOCK_K * BLOCK_Q) : nullptr;
   }
 };
 
@@ -107,7 +118,7 @@ ONEPASS_INLINE void add_columns(float* acc, int64_t ld, int64_t keys, const type
                                             B.data + d * Compute::STEP, B.stride, acc + j * ld + d, ld);
 }
 template <class Compute>
-ONEPASS_INLINE void add_product(float* acc, int64_t ld, int64_t keys, const typename Compute::Elem* A, int64_t lda,
+ONEPASS_OUTLINED void add_product(float* acc, int64_t ld, int64_t keys, const typename Compute::Elem* A, int64_t lda,
                                 Tile<typename Compute::Elem> B, int64_t queries, int64_t depth) {
 #if ONEPASS_VW == 16
   constexpr int WIDE = 4, WIDE_M = 4;  // 4 x 4 accumulators
@@ -178,22 +189,63 @@ ONEPASS_INLINE void gradient_tile(Scratch<Compute>& t, int first, TileRows rows,
   }
 }
 
-template <class Compute, class T>
-struct Range {  // one piece of work
+// The same with options: scores are what lse sums, and unseen ones give 0 whatever they are. dbias: where dS is added, or null.
+template <class Compute, int N>
+ONEPASS_INLINE void gradient_tile(Scratch<Compute>& t, int first, TileRows rows, const HeadOptions& options, BiasTile dbias, int64_t queries) {
+  const float *keep = options.keep(), *slope = options.slope();
+#pragma GCC unroll 4
+  for (int n = first; n < first + N; n++) {
+    const vf lse = load(t.lse + n * VW), delta = load(t.delta + n * VW);
+    const vi exists = lanes() + n * VW < broadcast_int((int32_t)queries);
+    for (int64_t j = rows.begin; j < rows.end; j += 2) {
+      vf p[2], ds[2];
+#pragma GCC unroll 2
+      for (int x = 0; x < 2; x++) {
+        const int64_t place = (j + x) * BLOCK_Q + n * VW;
+        const vf score = load(t.S + place);
+        const vi unseen = score == broadcast(NEG_INF);
+        p[x] = vexp(score - lse);
+        vf dp = load(t.dP + place), weight = p[x];
+        if (keep) {
+          const vf factor = load(keep + place);
+          dp *= factor;
+          weight *= factor;
+        }
+        ds[x] = unseen ? (vf){} : p[x] * (dp - delta);
+        p[x] = unseen ? (vf){} : weight;
+        if (dbias.data) {
+          float* sum = dbias.data + (j + x) * dbias.stride + n * VW;
+          store(sum, load(sum) + (exists ? ds[x] : (vf){}));
+        }
+        if (slope) ds[x] *= load(slope + place);
+      }
+      store_tile_rows(t.P_rows, t.dS_rows, t.dS, j, n, p, ds);
+    }
+  }
+}
+
+template <class Compute, class T, bool OPTIONS>
+struct Range {  // a KV head of a sequence, and a range of its keys
   typedef typename Compute::Elem Elem;
   Scratch<Compute>& t;
   const AttentionBwdArgs& a;
+  const Sequence s;
   const AttentionProblem& p;
-  const int64_t b, h_kv, j_begin, keys;
+  const int64_t h_kv, j_begin, keys;
   const KeyMask mask;
   const ScoreScale scale;
+  const BiasGradient& bias_gradient;
+  double* const dsink_parts;  // (batch, nheads_q), or null
+  HeadOptions options;        // of the query head at work
+  float* dq_part;
   Tile<Elem> K, V, K_pairs;
 
-  Range(Scratch<Compute>& scratch, const AttentionBwdArgs& args, int64_t batch, int64_t head, int64_t begin, int64_t count)
-      : t(scratch), a(args), p(args.problem), b(batch), h_kv(head), j_begin(begin), keys(count), mask(key_mask_of(args.problem, batch)),
-        scale(score_scale(Compute{}, args.problem.softmax_scale)) {
-    const T* k = at(a.k, h_kv, j_begin);
-    const T* v = at(a.v, h_kv, j_begin);
+  Range(Scratch<Compute>& scratch, const AttentionBwdArgs& args, const Sequence& sequence, int64_t head, int64_t begin, int64_t count,
+        const BiasGradient& dbias, double* dsink)
+      : t(scratch), a(args), s(sequence), p(s.p), h_kv(head), j_begin(begin), keys(count), mask(key_mask_of(p, 0)),
+        scale(score_scale(Compute{}, p.softmax_scale)), bias_gradient(dbias), dsink_parts(dsink) {
+    const T* k = s.key<const T>(a.k, h_kv, j_begin);
+    const T* v = s.key<const T>(a.v, h_kv, j_begin);
     const KeyMask range_mask = mask.from(j_begin);
     K = range_rows(Compute{}, t.K, t.key_depth, k, a.k, keys, p.head_dim, range_mask);
     V = range_rows(Compute{}, t.V, t.val_depth, v, a.v, keys, p.head_dim_v, range_mask);
@@ -202,13 +254,9 @@ struct Range {  // one piece of work
     memset(t.dV, 0, sizeof(float) * (size_t)(round_up(keys, TILE_M) * t.ld_v));
   }
 
-  T* at(const Tensor4& x, int64_t head, int64_t row) const {
-    return (T*)x.data + b * x.stride_b + head * x.stride_h + row * x.stride_s;
-  }
-
   // lse (+inf where the query saw nothing or does not exist, so that P is 0) and delta of the block.
   void load_statistics(int64_t h, int64_t i0, int64_t queries) {
-    const int64_t row = (b * p.nheads_q + h) * p.seqlen_q + i0;
+    const int64_t row = s.row(h, i0);
     for (int64_t i = 0; i < BLOCK_Q; i++) {
       const float lse = i < queries ? a.lse[row + i] : NEG_INF;
       t.lse[i] = lse == NEG_INF ? -NEG_INF : lse;
@@ -219,7 +267,7 @@ struct Range {  // one piece of work
         t.delta[i] = 0.f;
         continue;
       }
-      const T *o = at(a.out, h, i0 + i), *g = at(a.dout, h, i0 + i);
+      const T *o = s.query<const T>(a.out, h, i0 + i), *g = s.query<const T>(a.dout, h, i0 + i);
       vf sum = {};
       int64_t d = 0;
       if (a.out.stride_d == 1 && a.dout.stride_d == 1)
@@ -230,6 +278,16 @@ struct Range {  // one piece of work
     }
   }
 
+  // The first range adds up the sink's gradient: what its share exp(sink - lse) of each query took.
+  void add_sink_gradient(int64_t h, int64_t queries) const {
+    if (!dsink_parts || j_begin != 0) return;
+    const float sink = sink_of(p.options, h);
+    double sum = 0;
+    for (int64_t i = 0; i < queries; i++)
+      if (t.lse[i] != -NEG_INF) sum -= (double)expf(sink - t.lse[i]) * t.delta[i];
+    dsink_parts[s.b * p.nheads_q + h] += sum;
+  }
+
   static Tile<Elem> from_query(Tile<Elem> rows, int64_t i) {
     return {rows.data + i / Compute::STEP * rows.stride, rows.stride};
   }
@@ -237,14 +295,19 @@ struct Range {  // one piece of work
   // Some rows of the tile that begins r keys into the range, against N vectors of queries from the block's vector n on
   // (i0 is the first of these queries): P and dS, and what they add to dQ.
   template <int N>
-  __attribute__((always_inline)) void tile_part(int n, int64_t i0, int64_t r, int64_t count, TileRows rows, bool masked) {
+  __attribute__((always_inline)) void tile_part(int n, TilePlace at, int64_t r, int64_t count, TileRows rows, bool masked, BiasTile dbias) {
     constexpr int STEP = Compute::STEP;
     const int64_t lane = n * VW, steps = ceil_div(min_of(rows.end, count) - rows.begin, STEP);
     const Tile<Elem> tile_K = {K.data + r * K.stride, K.stride}, tile_V = {V.data + r * V.stride, V.stride};
     score_tile<Compute, N, false>(t.S + lane, tile_K, rows, p.head_dim, t.Qt + lane * STEP, nullptr);
     score_tile<Compute, N, false>(t.dP + lane, tile_V, rows, p.head_dim_v, t.dOt + lane * STEP, nullptr);
-    if (masked) {
-      mask_tile<N>(t.S + lane, p, mask, i0, j_begin + r, count, rows);
+    if constexpr (OPTIONS) {
+      options.template modify<N>(t.S, at, rows, lane);
+      if (options.keep()) options.template draw<N>(at, rows, lane);
+      if (masked) mask_tile<N>(t.S + lane, p, mask, at.i0, at.j0, count, rows);
+      gradient_tile<Compute, N>(t, n, rows, options, dbias, lane + at.queries);
+    } else if (masked) {
+      mask_tile<N>(t.S + lane, p, mask, at.i0, at.j0, count, rows);
       gradient_tile<Compute, N, true>(t, n, rows, scale.after);
     } else {
       gradient_tile<Compute, N, false>(t, n, rows, scale.after);
@@ -258,13 +321,14 @@ struct Range {  // one piece of work
   }
 
   template <int N>
-  __attribute__((always_inline)) void query_block(int64_t h, int64_t i0, int64_t queries, float* dq_part) {
-    const T *q = at(a.q, h, i0), *g = at(a.dout, h, i0);
+  __attribute__((always_inline)) void query_block(int64_t h, int64_t i0, int64_t queries) {
+    const T *q = s.query<const T>(a.q, h, i0), *g = s.query<const T>(a.dout, h, i0);
     pack_transposed(t.Qt, q, a.q.stride_s, a.q.stride_d, queries, p.head_dim, scale.into_q);
     pack_transposed(t.dOt, g, a.dout.stride_s, a.dout.stride_d, queries, p.head_dim_v, 1.f);
     const auto Q_rows = query_rows(Compute{}, t.Q_rows, t.ld, q, a.q.stride_s, a.q.stride_d, queries, p.head_dim);
     const auto dO_rows = query_rows(Compute{}, t.dO_rows, t.ld_v, g, a.dout.stride_s, a.dout.stride_d, queries, p.head_dim_v);
     load_statistics(h, i0, queries);
+    add_sink_gradient(h, queries);
     memset(t.dQt, 0, sizeof(float) * (size_t)(t.key_depth * BLOCK_Q));
 
     const int64_t last = min_of(j_begin + keys, end_key(p, i0 + queries - 1));
@@ -273,12 +337,16 @@ struct Range {  // one piece of work
       const int64_t r = j0 - j_begin, count = min_of(BLOCK_K, keys - r), rows = round_up(count, TILE_M);
       const TileParts<N> parts(p, mask, i0, queries, j0, count);
       if (parts.seen == Visible::NONE) continue;
+      const TilePlace at = {i0, queries, j0, count};
+      const BiasTile dbias = OPTIONS ? bias_gradient.tile(s.b, h, i0, j0, j_begin, t.dbias) : BiasTile{};
       if (parts.by_vector) {
         for (int n = 0; n < N; n++)
-          if (!parts.rows[n].empty()) tile_part<1>(n, i0 + n * VW, r, count, parts.rows[n], true);
+          if (!parts.rows[n].empty())
+            tile_part<1>(n, {i0 + n * VW, min_of(VW, queries - n * VW), j0, count}, r, count, parts.rows[n], true, dbias);
       } else {
-        tile_part<N>(0, i0, r, count, {0, rows}, parts.seen == Visible::SOME);
+        tile_part<N>(0, at, r, count, {0, rows}, parts.seen == Visible::SOME, dbias);
       }
+      if (OPTIONS) bias_gradient.store(s.b, h, at, dbias);
       if (!a.dk.data) continue;
       for (int64_t begin = 0, end; begin < rows; begin = end) {  // runs of rows that the same vectors of queries see
         const Vectors seeing = parts.vectors_seeing(begin);
@@ -296,24 +364,25 @@ struct Range {  // one piece of work
     float factor[BLOCK_Q];
     for (int i = 0; i < BLOCK_Q; i++) factor[i] = (float)p.softmax_scale;
     if (dq_part)
-      store_transposed(dq_part + i0 * p.head_dim, p.head_dim, t.dQt, factor, queries, p.head_dim);
+      store_transposed(dq_part + s.row(h, i0) * p.head_dim, p.head_dim, t.dQt, factor, queries, p.head_dim);
     else
-      store_transposed(at(a.dq, h, i0), a.dq.stride_s, t.dQt, factor, queries, p.head_dim);
+      store_transposed(s.query<T>(a.dq, h, i0), a.dq.stride_s, t.dQt, factor, queries, p.head_dim);
   }
 
   void run(float* dq_part_of_range) {
     const int64_t group = p.nheads_q / p.nheads_kv;
+    dq_part = dq_part_of_range;
     for (int64_t h = h_kv * group; h < (h_kv + 1) * group; h++) {
-      float* dq_part = dq_part_of_range ? dq_part_of_range + (b * p.nheads_q + h) * p.seqlen_q * p.head_dim : nullptr;
+      if (OPTIONS) options = HeadOptions(s, h, scale.after, t.slope, t.keep);
       for (int64_t i0 = 0; i0 < p.seqlen_q; i0 += BLOCK_Q) {
         const int64_t queries = min_of(BLOCK_Q, p.seqlen_q - i0);
-        ONEPASS_WITH_VECTORS(queries, (query_block<N>(h, i0, queries, dq_part)));
+        ONEPASS_WITH_VECTORS(queries, (query_block<N>(h, i0, queries)));
       }
     }
     if (a.dk.data) {
       for (int64_t r = 0; r < keys; r++) {
-        store_row(at(a.dk, h_kv, j_begin + r), t.dK + r * t.ld, (float)p.softmax_scale, p.head_dim);
-        store_row(at(a.dv, h_kv, j_begin + r), t.dV + r * t.ld_v, 1.f, p.head_dim_v);
+        store_row(s.key<T>(a.dk, h_kv, j_begin + r), t.dK + r * t.ld, (float)p.softmax_scale, p.head_dim);
+        store_row(s.key<T>(a.dv, h_kv, j_begin + r), t.dV + r * t.ld_v, 1.f, p.head_dim_v);
       }
     }
   }
@@ -325,49 +394,72 @@ struct Range {  // one piece of work
   }
 };
 
-// dq = the parts, added in the order of the ranges.
+// The dq of a block of queries of one head = the parts, added in the order of the ranges.
 template <class T>
-void add_dq_parts(const AttentionBwdArgs& a, const Plan& plan, int64_t row) {
-  const AttentionProblem& p = a.problem;
-  const int64_t i = row % p.seqlen_q, h = row / p.seqlen_q % p.nheads_q, b = row / p.seqlen_q / p.nheads_q;
-  const int64_t part = p.batch * p.nheads_q * p.seqlen_q * p.head_dim;
-  T* dq = (T*)a.dq.data + b * a.dq.stride_b + h * a.dq.stride_h + i * a.dq.stride_s;
-  const float* parts = plan.dq_parts + row * p.head_dim;
-  int64_t d = 0;
-  for (; d + VW <= p.head_dim; d += VW) {
-    vf sum = load(parts + d);
-    for (int64_t r = 1; r < plan.ranges; r++) sum += load(parts + r * part + d);
-    store(dq + d, sum);
-  }
-  for (; d < p.head_dim; d++) {
-    float sum = parts[d];
-    for (int64_t r = 1; r < plan.ranges; r++) sum += parts[r * part + d];
-    from_float(sum, dq + d);
+void add_dq_parts(const AttentionBwdArgs& a, const Plan& plan, const Sequence& s, int64_t h, int64_t i0) {
+  const int64_t head_dim = s.p.head_dim, ranges = ceil_div(s.p.seqlen_k, plan.range_keys);
+  for (int64_t i = i0; i < min_of(i0 + BLOCK_Q, s.p.seqlen_q) && ranges > 0; i++) {
+    T* dq = s.query<T>(a.dq, h, i);
+    const float* parts = plan.dq_parts + s.row(h, i) * head_dim;
+    int64_t d = 0;
+    for (; d + VW <= head_dim; d += VW) {
+      vf sum = load(parts + d);
+      for (int64_t r = 1; r < ranges; r++) sum += load(parts + r * plan.dq_part + d);
+      store(dq + d, sum);
+    }
+    for (; d < head_dim; d++) {
+      float sum = parts[d];
+      for (int64_t r = 1; r < ranges; r++) sum += parts[r * plan.dq_part + d];
+      from_float(sum, dq + d);
+    }
   }
 }
 
 // Heads alone fill the cores when there are plenty of them or they divide evenly; else up to four pieces of work a thread.
 // A range leaves a dQ of its own, so their number is a matter of memory: past MAX_RANGES it follows the threads alone.
-Plan make_plan(const AttentionProblem& p) {
-  const int64_t heads = p.batch * p.nheads_kv, tiles = ceil_div(p.seqlen_k, BLOCK_K);
+Plan make_plan(const AttentionBwdArgs& a, const AttentionProblem& p) {
+  const Owners owners = owners_of(a);
+  const int64_t heads = owners.count(), tiles = max_of(1, ceil_div(p.seqlen_k, BLOCK_K));
   const bool even = heads >= 4 * p.num_threads || heads % p.num_threads == 0;
   int64_t ranges = even ? 1 : max_of(min_of(MAX_RANGES, ceil_div(4 * p.num_threads, heads)), ceil_div(p.num_threads, heads));
   const int64_t range_keys = BLOCK_K * ceil_div(tiles, min_of(ranges, tiles));
   ranges = ceil_div(p.seqlen_k, range_keys);
-  return {ranges, range_keys, nullptr};
+  const int64_t rows = a.packed.cu_seqlens_q ? p.nheads_q * a.packed.total_q : p.batch * p.nheads_q * p.seqlen_q;
+  return {ranges, range_keys, owners, rows * p.head_dim, nullptr};
 }
 
-template <class Compute, class T>
-int backward(const AttentionBwdArgs& a) {
-  const AttentionProblem& p = a.problem;
-  Plan plan = make_plan(p);
-  const int64_t heads = p.batch * p.nheads_kv, pieces = heads * plan.ranges, rows = p.batch * p.nheads_q * p.seqlen_q;
-  Workspace parts;
-  if (plan.ranges > 1 && a.dq.data) {
-    parts.take<float>(plan.ranges * rows * p.head_dim);
-    if (!parts.allocate()) return ONEPASS_OUT_OF_MEMORY;
-    plan.dq_parts = parts.take<float>(plan.ranges * rows * p.head_dim);
+// One piece of work: the sequences and KV heads of an owner, and a range of their keys.
+template <class Compute, class T, bool OPTIONS>
+void run_piece(Scratch<Compute>& t, const AttentionBwdArgs& a, const AttentionProblem& p, const Plan& plan, int64_t piece,
+               const BiasGradient& dbias, double* dsink_parts) {
+  const int64_t owners = plan.owners.count(), owner = piece % owners, j0 = piece / owners * plan.range_keys;
+  float* dq_part = plan.dq_parts ? plan.dq_parts + piece / owners * plan.dq_part : nullptr;
+  for (int64_t b = plan.owners.first_b(owner); b < plan.owners.end_b(owner); b++) {
+    const Sequence s = sequence_of(p, a.packed, b);
+    if (j0 >= s.p.seqlen_k) continue;
+    for (int64_t h_kv = plan.owners.first_h(owner); h_kv < plan.owners.end_h(owner); h_kv++)
+      Range<Compute, T, OPTIONS>(t, a, s, h_kv, j0, min_of(plan.range_keys, s.p.seqlen_k - j0), dbias, dsink_parts).run(dq_part);
   }
+}
+
+template <class Compute, class T, bool OPTIONS>
+int backward(const AttentionBwdArgs& a) {
+  AttentionProblem p = a.problem;
+  if (!take_lengths(p, a.packed, PageTable{})) return ONEPASS_BAD_INDEX;
+  Plan plan = make_plan(a, p);
+  const int64_t pieces = plan.owners.count() * plan.ranges, heads = p.batch * p.nheads_q, blocks = ceil_div(p.seqlen_q, BLOCK_Q);
+  Workspace shared;
+  BiasGradient dbias(a, p, plan.ranges, plan.range_keys);
+  double* dsink_parts;
+  const auto take_shared = [&] {
+    dbias.take(shared);
+    plan.dq_parts = plan.ranges > 1 && a.dq.data ? shared.take<float>(plan.ranges * plan.dq_part) : nullptr;
+    dsink_parts = a.dsink ? shared.take<double>(heads) : nullptr;
+  };
+  take_shared();
+  if (!shared.allocate()) return ONEPASS_OUT_OF_MEMORY;
+  take_shared();
+  for (int64_t i = 0; dsink_parts && i < heads; i++) dsink_parts[i] = 0;
   const double work = 2.5 * p.batch * p.nheads_q * p.seqlen_q * p.seqlen_k * (p.head_dim + p.head_dim_v);
   const int threads = work < 5e4 ? 1 : (int)min_of(p.num_threads, pieces);
   int status = ONEPASS_OK;
@@ -378,25 +470,36 @@ int backward(const AttentionBwdArgs& a) {
 #pragma omp atomic write
       status = ONEPASS_OUT_OF_MEMORY;
     }
-#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t tile = 0; tile < dbias.tiles(); tile++) dbias.clear(tile);
     if (status == ONEPASS_OK) {
+      const FlushDenormals flush(OPTIONS);
       Scratch<Compute> t(w, p, min_of(plan.range_keys, round_up(p.seqlen_k, BLOCK_K)));
 #pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t piece = 0; piece < pieces; piece++) {
-        const int64_t range = piece / heads, head = piece % heads;  // causal: the first keys, seen by the most queries, first
-        const int64_t j0 = range * plan.range_keys;
-        Range<Compute, T>(t, a, head / p.nheads_kv, head % p.nheads_kv, j0, min_of(plan.range_keys, p.seqlen_k - j0))
-            .run(plan.dq_parts ? plan.dq_parts + range * rows * p.head_dim : nullptr);
-      }
+      for (int64_t piece = 0; piece < pieces; piece++)  // causal: the first keys, seen by the most queries, first
+        run_piece<Compute, T, OPTIONS>(t, a, p, plan, piece, dbias, dsink_parts);
     }
 #pragma omp barrier
     if (plan.dq_parts && status == ONEPASS_OK) {
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < rows; row++) add_dq_parts<T>(a, plan, row);
+#pragma omp for schedule(static) nowait
+      for (int64_t block = 0; block < heads * blocks; block++) {
+        const int64_t head = block / blocks;
+        add_dq_parts<T>(a, plan, sequence_of(p, a.packed, head / p.nheads_q), head % p.nheads_q, block % blocks * BLOCK_Q);
+      }
+    }
+    if (OPTIONS && status == ONEPASS_OK) {
+#pragma omp for schedule(static) nowait
+      for (int64_t part = 0; part < dbias.parts(); part++) dbias.finish(part);
     }
   };
   in_parallel(threads, work_share);
+  if (status == ONEPASS_OK && a.dsink) finish_sink_gradient(a, p, dsink_parts);
   return status;
+}
+
+template <class Compute, class T>
+int backward(const AttentionBwdArgs& a) {
+  return changes_tiles(a.problem.options) ? backward<Compute, T, true>(a) : backward<Compute, T, false>(a);
 }
 
 }  // namespace

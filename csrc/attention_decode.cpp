@@ -5,10 +5,13 @@
 // nheads, head_dim) cache a strip is one stretch of memory, and only memory that is read in order comes at full speed.
 //
 // Here features lie in the vector lanes: there are too few queries to fill them.
-#include <cmath>
+//
+// SPECIAL calls are compiled apart: softcap, ALiBi, caches in pages, caches of one byte an element. Rows that cannot be read in
+// place (of one byte, or of pages shorter than a strip) are copied, a strip at a time, as numbers of the queries' type.
 #include <type_traits>
 
-#include "attention_tile.h"
+#include "attention_scores.h"
+#include "cache_formats.h"
 #include "workspace.h"
 
 namespace {
@@ -167,7 +170,7 @@ ONEPASS_INLINE void add_values(Paired, float* O, int64_t ld, const bf16* v, int6
 }
 #endif
 
-template <class Features, class T>
+template <class Features, class T, bool SPECIAL>
 struct Decode {
   typedef typename Features::Query Query;
   static constexpr int64_t FEATURES = VW * Features::STEP;  // in a vector
@@ -206,6 +209,7 @@ struct Decode {
     groups = max_of(1, min_of(p.nheads_kv, p.num_threads / max_of(1, p.batch * splits)));
     const int64_t token = p.nheads_kv / groups * max_of(p.head_dim, p.head_dim_v) * (int64_t)sizeof(T);
     strip = min_of(CHUNK, max_of(4, STRIP / token / 4 * 4));
+    if (SPECIAL && a.pages.table && a.pages.page_size >= 8) strip = min_of(strip, a.pages.page_size / 4 * 4);
   }
 
   int64_t parts() const { return p.batch * p.nheads_kv * splits * rows; }
@@ -221,8 +225,9 @@ struct Decode {
     t.P = w.take<Query>(p.nheads_kv * rows * CHUNK);
     t.S = w.take<float>(p.nheads_kv * rows * CHUNK);
     t.rescale = w.take<float>(p.nheads_kv * rows);
-    t.K = k_in_place ? nullptr : w.take<T>(strip * depth);
-    t.V = v_in_place ? nullptr : w.take<T>(strip * depth_v);
+    const bool copies = SPECIAL && (a.pages.table || a.k_format || a.v_format);
+    t.K = k_in_place && !copies ? nullptr : w.take<T>(strip * depth);
+    t.V = v_in_place && !copies ? nullptr : w.take<T>(strip * depth_v);
     return t;
   }
 
@@ -248,6 +253,10 @@ struct Decode {
   static void copy_rows(T* dst, int64_t ld, const T* src, const Tensor4& layout, int64_t keys, int64_t features, KeyMask mask) {
     for (int64_t j = 0; j < keys; j++) {
       const bool seen = mask.sees(j);
+      if (seen && features == ld && layout.stride_d == 1) {
+        memcpy(dst + j * ld, src + j * layout.stride_s, sizeof(T) * (size_t)ld);
+        continue;
+      }
       for (int64_t d = 0; d < ld; d++) dst[j * ld + d] = seen && d < features ? src[j * layout.stride_s + d * layout.stride_d] : T{};
     }
   }
@@ -283,21 +292,48 @@ struct Decode {
   }
 
   // Where the rows of a strip's keys begin for one head, copied unless they can be read in place.
-  struct KeyRows {
+  struct Rows {
     const T* data;
     int64_t stride;
   };
-  KeyRows rows_of(const Tensor4& x, bool in_place, T* copy, int64_t ld, int64_t features, int64_t b, int64_t h_kv, int64_t j0, int64_t keys) const {
+  Rows rows_of(const Tensor4& x, bool in_place, int64_t format, T* copy, int64_t ld, int64_t features, int64_t b, int64_t h_kv,
+               int64_t j0, int64_t keys) const {
+    if (SPECIAL && (a.pages.table || format)) return special_rows(x, in_place, format, copy, ld, features, b, h_kv, j0, keys);
     const T* data = (const T*)x.data + b * x.stride_b + h_kv * x.stride_h + j0 * x.stride_s;
     if (in_place) return {data, x.stride_s};
     copy_rows(copy, ld, data, x, keys, features, key_mask_of(p, b).from(j0));
     return {copy, ld};
   }
 
+  // The same in pages or of one byte an element.
+  Rows special_rows(const Tensor4& x, bool in_place, int64_t format, T* copy, int64_t ld, int64_t features, int64_t b, int64_t h_kv,
+                    int64_t j0, int64_t keys) const {
+    for (int64_t j = 0; j < keys;) {
+      PagePlace place = {b * x.stride_b + (j0 + j) * x.stride_s, keys - j};
+      if (a.pages.table) place = page_place(a.pages, x, b, j0 + j);
+      const int64_t offset = place.offset + h_kv * x.stride_h, count = min_of(place.keys, keys - j);
+      if (format) {
+        const uint8_t* bytes = (const uint8_t*)x.data + offset;
+        for (int64_t r = 0; r < count; r++)
+          dequantize(copy + (j + r) * ld, ld, bytes + r * x.stride_s, x.stride_d, features, format);
+      } else {
+        if (in_place && count == keys) return {(const T*)x.data + offset, x.stride_s};
+        copy_rows(copy + j * ld, ld, (const T*)x.data + offset, x, count, features, KeyMask{});
+      }
+      j += count;
+    }
+    return {copy, ld};
+  }
+
   // What one head's share of a strip fetches of the strip after the next; of itself near the end. In a (batch, seqlen,
   // nheads, head_dim) cache the strip of all heads is one stretch of memory, and each head's share a stretch of that.
-  Ahead<T> strip_after_next(const Tensor4& x, int64_t features, int64_t b, int64_t h_kv, int64_t j0) const {
+  Ahead<T> strip_after_next(const Tensor4& x, int64_t format, Rows rows, int64_t features, int64_t b, int64_t h_kv, int64_t j0) const {
     const int64_t next = j0 + 2 * strip < p.seqlen_k ? j0 + 2 * strip : j0;
+    if (SPECIAL && format) return {rows.data, rows.stride};
+    if (SPECIAL && a.pages.table) {
+      const PagePlace place = page_place(a.pages, x, b, next < a.cache_seqlens[b] ? next : j0);
+      return {(const T*)x.data + place.offset + h_kv * x.stride_h, x.stride_s};
+    }
     const T* data = (const T*)x.data + b * x.stride_b + next * x.stride_s;
     const bool together = groups == 1 && x.stride_h == features && x.stride_s == p.nheads_kv * features;
     if (together) return {data + h_kv * strip * features, features};
@@ -316,27 +352,49 @@ struct Decode {
 
   // Scores of one head's rows with the keys j0 to j0 + keys, which are the keys `at` and after of the chunk.
   void score_strip(Scratch& t, int64_t b, int64_t h_kv, int64_t j0, int64_t at, int64_t keys) const {
-    const KeyRows k = rows_of(a.k, k_in_place, t.K, depth, p.head_dim, b, h_kv, j0, keys);
-    const Ahead<T> ahead = strip_after_next(a.k, p.head_dim, b, h_kv, j0);
+    const Rows k = rows_of(a.k, k_in_place, a.k_format, t.K, depth, p.head_dim, b, h_kv, j0, keys);
+    const Ahead<T> ahead = strip_after_next(a.k, a.k_format, k, p.head_dim, b, h_kv, j0);
     for_rows([&](auto R, int64_t r) __attribute__((always_inline)) {
       const int64_t row = h_kv * rows + r;
       score_keys<Features, R>(t.S + row * CHUNK + at, k.data, k.stride, keys, t.q + row * depth, depth, ahead);
     });
   }
 
+  static float descale(const float* scales, int64_t stride_b, int64_t stride_h, int64_t b, int64_t h_kv) {
+    return scales ? scales[b * stride_b + h_kv * stride_h] : 1.f;
+  }
+
+  // Products to scores: what HeadOptions (attention_scores.h) does to a tile, for one query. behind: how far key 0 is behind it.
+  void modify_row(float* S, const AttentionProblem& s, int64_t b, int64_t h, int64_t h_kv, int64_t behind, int64_t keys) const {
+    const ScoreOptions& o = s.options;
+    const float scale = (float)s.softmax_scale * descale(a.k_descale, a.k_descale_stride_b, a.k_descale_stride_h, b, h_kv);
+    const float softcap = (float)o.softcap, slope = o.alibi_slopes ? o.alibi_slopes[b * o.alibi_stride_b + h * o.alibi_stride_h] : 0.f;
+    for (int64_t j = 0; j < keys; j += VW) {
+      vf score = load(S + j) * broadcast(scale);
+      if (softcap != 0.f) score = broadcast(softcap) * vtanh(score * broadcast(1.f / softcap));
+      if (slope != 0.f) score -= broadcast(slope) * vabs(__builtin_convertvector(broadcast_int((int32_t)(behind - j)) - lanes(), vf));
+      store(S + j, score);
+    }
+  }
+
   void softmax_chunk(Scratch& t, const AttentionProblem& s, int64_t b, int64_t h_kv, int64_t part, int64_t j0, int64_t keys) const {
     const int64_t group = p.nheads_q / p.nheads_kv;
     for (int64_t r = 0; r < rows; r++) {
       const int64_t row = h_kv * rows + r, i = r / group;
+      float scale = (float)p.softmax_scale;
+      if (SPECIAL) {
+        modify_row(t.S + row * CHUNK, s, b, h_kv * group + r % group, h_kv, i + s.shift - j0, keys);
+        scale = 1.f;
+      }
       softmax_row(t.S + row * CHUNK, t.P + row * CHUNK, keys, first_key(s, i) - j0, end_key(s, i) - j0, key_mask_of(p, b).from(j0),
-                  (float)p.softmax_scale, part_m + part + r, part_l + part + r, t.rescale + row);
+                  scale, part_m + part + r, part_l + part + r, t.rescale + row);
     }
   }
 
   void add_strip(Scratch& t, int64_t b, int64_t h_kv, int64_t part, int64_t j0, int64_t at, int64_t keys) const {
     static constexpr float unchanged[4] = {1.f, 1.f, 1.f, 1.f};
-    const KeyRows v = rows_of(a.v, v_in_place, t.V, depth_v, p.head_dim_v, b, h_kv, j0, keys);
-    const Ahead<T> ahead = strip_after_next(a.v, p.head_dim_v, b, h_kv, j0);
+    const Rows v = rows_of(a.v, v_in_place, a.v_format, t.V, depth_v, p.head_dim_v, b, h_kv, j0, keys);
+    const Ahead<T> ahead = strip_after_next(a.v, a.v_format, v, p.head_dim_v, b, h_kv, j0);
     for_rows([&](auto R, int64_t r) __attribute__((always_inline)) {
       const int64_t row = h_kv * rows + r;
       const Query* P = t.P + row * CHUNK + at;
@@ -396,19 +454,19 @@ struct Decode {
       for (int64_t d = 0; d < depth_v; d += VW)
         store(sum + d, (s ? load(sum + d) : (vf){}) + (weight == 0.f ? (vf){} : load(out + d) * broadcast(weight)));
     }
-    const float inverse = l == 0.f ? 0.f : 1.f / l;
+    const Normalizer normal = normalizer(m, l, sink_of(p.options, h));
+    const float v_scale = SPECIAL ? descale(a.v_descale, a.v_descale_stride_b, a.v_descale_stride_h, b, h_kv) : 1.f;
+    const float inverse = normal.inverse * v_scale;
     T* dst = (T*)a.out.data + b * a.out.stride_b + i * a.out.stride_s + h * a.out.stride_h;
     for (int64_t d = 0; d < p.head_dim_v; d++) from_float(sum[d] * inverse, dst + d);
-    if (a.lse) a.lse[(b * p.nheads_q + h) * p.seqlen_q + i] = m + logf(l);
+    if (a.lse) a.lse[(b * p.nheads_q + h) * p.seqlen_q + i] = normal.lse;
   }
 };
 
-template <class Features, class T>
+template <class Features, class T, bool SPECIAL>
 int decode(const AttentionDecodeArgs& a) {
   const AttentionProblem& p = a.problem;
-  for (int64_t b = 0; a.cache_seqlens && b < p.batch; b++)
-    if (a.cache_seqlens[b] < 0 || a.cache_seqlens[b] > p.seqlen_k) return ONEPASS_BAD_INDEX;
-  Decode<Features, T> d(a);
+  Decode<Features, T, SPECIAL> d(a);
   const int64_t heads = p.batch * p.nheads_kv, pieces = p.batch * d.groups * d.splits;
   if (heads * d.rows == 0) return ONEPASS_OK;
   Workspace parts;
@@ -428,6 +486,7 @@ int decode(const AttentionDecodeArgs& a) {
 #pragma omp barrier
     if (status == ONEPASS_OK) {
       auto t = d.take_scratch(w);
+      const FlushDenormals flush(SPECIAL);
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t piece = 0; piece < pieces; piece++)
         d.run(t, piece / d.splits / d.groups, piece / d.splits % d.groups, piece % d.splits);
@@ -441,6 +500,17 @@ int decode(const AttentionDecodeArgs& a) {
   };
   in_parallel(threads, work_share);
   return status;
+}
+
+template <class Features, class T>
+int decode(const AttentionDecodeArgs& a) {
+  const AttentionProblem& p = a.problem;
+  for (int64_t b = 0; a.cache_seqlens && b < p.batch; b++) {
+    if (a.cache_seqlens[b] < 0 || a.cache_seqlens[b] > p.seqlen_k) return ONEPASS_BAD_INDEX;
+    if (a.pages.table && !pages_exist(a.pages, b, a.cache_seqlens[b])) return ONEPASS_BAD_INDEX;
+  }
+  const bool special = changes_tiles(p.options) || a.pages.table || a.k_format || a.v_format || a.k_descale || a.v_descale;
+  return special ? decode<Features, T, true>(a) : decode<Features, T, false>(a);
 }
 
 }  // namespace

@@ -127,7 +127,7 @@ ONEPASS_INLINE void mask_tile(float* S, const AttentionProblem& p, KeyMask mask,
 
 // dst[d][i] = src[i][d] * scale for i < rows, 0 up to whole vectors; d < depth.
 template <class T>
-ONEPASS_INLINE void pack_transposed(float* dst, const T* src, int64_t stride_s, int64_t stride_d, int64_t rows, int64_t depth,
+ONEPASS_OUTLINED void pack_transposed(float* dst, const T* src, int64_t stride_s, int64_t stride_d, int64_t rows, int64_t depth,
                                     float scale) {
   const vf factor = broadcast(scale);
   for (int64_t i = 0; i < rows; i += VW) {
@@ -150,7 +150,7 @@ ONEPASS_INLINE void pack_transposed(float* dst, const T* src, int64_t stride_s, 
 // dst[r][d] = src[r][d], widened to fp32 and padded with zeros to `padded_rows` rows of `ld`. Hidden rows become zeros,
 // so that NaN in them cannot come back as 0 * NaN.
 template <class T>
-ONEPASS_INLINE void pack_rows(float* dst, int64_t ld, int64_t padded_rows, const T* src, int64_t stride_s, int64_t stride_d,
+ONEPASS_OUTLINED void pack_rows(float* dst, int64_t ld, int64_t padded_rows, const T* src, int64_t stride_s, int64_t stride_d,
                               int64_t rows, int64_t depth, KeyMask mask) {
   for (int64_t r = 0; r < padded_rows; r++) {
     int64_t d = 0;
@@ -192,7 +192,7 @@ ONEPASS_INLINE __m512i pair_halves(__m512i a_then_b) {
 
 // dst[d / 2][i][d % 2] = src[i][d] * sign for i < rows, 0 up to whole vectors; an odd depth is padded with zeros. sign
 // is 1, -1 or 0.
-ONEPASS_INLINE void pack_transposed(bf16* dst, const bf16* src, int64_t stride_s, int64_t stride_d, int64_t rows, int64_t depth,
+ONEPASS_OUTLINED void pack_transposed(bf16* dst, const bf16* src, int64_t stride_s, int64_t stride_d, int64_t rows, int64_t depth,
                                     float sign) {
   const __m512i flip = _mm512_set1_epi32(sign < 0 ? (int)0x80008000 : 0);
   for (int64_t i = 0; i < rows; i += VW) {
@@ -220,7 +220,7 @@ ONEPASS_INLINE void pack_transposed(bf16* dst, const bf16* src, int64_t stride_s
 }
 
 // The same without widening.
-ONEPASS_INLINE void pack_rows(bf16* dst, int64_t ld, int64_t padded_rows, const bf16* src, int64_t stride_s, int64_t stride_d,
+ONEPASS_OUTLINED void pack_rows(bf16* dst, int64_t ld, int64_t padded_rows, const bf16* src, int64_t stride_s, int64_t stride_d,
                               int64_t rows, int64_t depth, KeyMask mask) {
   for (int64_t r = 0; r < padded_rows; r++) {
     const bool seen = r < rows && mask.sees(r);
@@ -229,7 +229,7 @@ ONEPASS_INLINE void pack_rows(bf16* dst, int64_t ld, int64_t padded_rows, const 
 }
 
 // dst[r / 2][d][r % 2] = src[r][d], padded with zeros to an even number of rows and to depth `ld`; hidden rows are zeros.
-ONEPASS_INLINE void pack_row_pairs(bf16* dst, int64_t ld, const bf16* src, int64_t stride_s, int64_t stride_d, int64_t rows,
+ONEPASS_OUTLINED void pack_row_pairs(bf16* dst, int64_t ld, const bf16* src, int64_t stride_s, int64_t stride_d, int64_t rows,
                                    int64_t depth, KeyMask mask) {
   const __m512i zero = _mm512_setzero_si512();
   for (int64_t r = 0; r < rows; r += 2) {
@@ -265,7 +265,7 @@ ONEPASS_INLINE void pack_row_pairs(bf16* dst, int64_t ld, const bf16* src, int64
 
 // dst[i][d] = src[d][i] * factor[i] for i < rows, d < depth; dst has any row stride and adjacent features.
 template <class T>
-ONEPASS_INLINE void store_transposed(T* dst, int64_t stride_s, const float* src, const float* factor, int64_t rows, int64_t depth) {
+ONEPASS_OUTLINED void store_transposed(T* dst, int64_t stride_s, const float* src, const float* factor, int64_t rows, int64_t depth) {
   for (int64_t i = 0; i < rows; i += VW) {
     const int64_t count = min_of(VW, rows - i);
     int64_t d = 0;

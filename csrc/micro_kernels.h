@@ -87,7 +87,7 @@ ONEPASS_INLINE void multiply_tile(int64_t K, const typename Compute::Elem* A, in
 // Any multiple of TILE_M rows. A single vector takes eight rows at once where it can: with four sums the multiply-add
 // units would wait for each other.
 template <class Compute, int N, Into INTO, bool COLUMN_MAX = false>
-ONEPASS_INLINE void multiply_rows(int64_t rows, int64_t K, const typename Compute::Elem* A, int64_t stride_m,
+ONEPASS_OUTLINED void multiply_rows(int64_t rows, int64_t K, const typename Compute::Elem* A, int64_t stride_m,
                                   int64_t stride_k, const typename Compute::Elem* B, int64_t ldb, float* C, int64_t ldc,
                                   const float* rescale = nullptr, float* running_max = nullptr) {
   constexpr int TALL_M = N == 1 ? 8 : TILE_M;

@@ -62,7 +62,7 @@ struct Python {
 
 Python py;
 
-constexpr int64_t MOST_TENSORS = 16, MOST_PLANS = 4096, MOST_PARAMETERS = 64;
+constexpr int64_t MOST_TENSORS = 16, MOST_PLANS = 4096, MOST_PARAMETERS = 96;
 constexpr int32_t TORCH_CUDA = 1;
 
 // Deleted when it goes out of scope.

@@ -16,6 +16,8 @@
 #define ONEPASS_STRING_(X) #X
 #define ONEPASS_STRING(X) ONEPASS_STRING_(X)
 #define ONEPASS_INLINE static inline __attribute__((always_inline))
+// Compiled once per source, not once per caller: for work so large that a call costs nothing.
+#define ONEPASS_OUTLINED static __attribute__((noinline, unused))
 
 constexpr int VW = ONEPASS_VW;
 

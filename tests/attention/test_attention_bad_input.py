@@ -123,6 +123,18 @@ CASES: list[Case] = [
         ValueError,
         r"page_table\[1, 0\] is 9, but the cache has 2 pages",
     ),
+    (
+        decode,
+        {"page_table": int32(0, 1, 0, -1).view(2, 2), "cache_seqlens": int32(3, 8)},
+        ValueError,
+        r"page_table\[1, 1\] is -1, but the cache has 2 pages",
+    ),
+    (
+        decode,
+        {"page_table": int32(0, 1).view(2, 1), "cache_seqlens": int32(3, 8)},
+        ValueError,
+        r"cache_seqlens\[1\] is 8, but the cache holds 0 to 7 keys",
+    ),
     (decode, {"num_splits": 0}, ValueError, r"num_splits must be an int of at least 1"),
     (attend, {"causal": 1}, TypeError, r"causal must be True or False, got 1"),
     (decode, {"causal": "no"}, TypeError, r"causal must be True or False, got 'no'"),
@@ -234,24 +246,15 @@ def test_raw_operations_check_as_well() -> None:
         torch.ops.onepass.attention_decode(q, q, q, int32(9, 9), *(None,) * 7, 1.0, -1, 0, 0.0, 0, True, "")
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"softcap": 1.0}, "no softcap yet"),
-        ({"alibi_slopes": tensor(4)}, "no alibi_slopes yet"),
-        ({"attn_bias": tensor(5, 7)}, "no attn_bias yet"),
-        ({"attn_sink": tensor(4)}, "no attn_sink yet"),
-        ({"dropout_p": 0.5}, "no dropout yet"),
-    ],
-)
-def test_what_the_cpu_kernels_refuse(options: dict[str, Any], reason: str) -> None:
+def test_what_the_cpu_kernels_refuse() -> None:
+    big = tensor(1, 3, 1, 300)
     with pytest.raises(
-        onepass.UnsupportedError, match=rf"cpu: {reason}[\s\S]*reference: used only when asked for by name"
+        onepass.UnsupportedError, match=r"cpu: head_dim 300[\s\S]*reference: used only when asked for by name"
     ):
-        attend(**options)
-    with pytest.raises(onepass.UnsupportedError, match=reason):
-        attend(**options, backend="cpu")
-    attend(**options, backend="reference")
+        onepass.attention(big, big, big)
+    with pytest.raises(onepass.UnsupportedError, match="head_dim 300"):
+        onepass.attention(big, big, big, backend="cpu")
+    onepass.attention(big, big, big, backend="reference")
 
 
 def test_refused_dtypes_and_sizes() -> None:

@@ -27,8 +27,9 @@ def by_rows(case: AttentionCase, inputs: dict[str, Tensor]) -> tuple[Tensor, Ten
         keep = reference.dropout_keep(inputs["rng_state"], case.dropout_p, keep.shape)
     outs, lses = [], []
     for b, h, i in itertools.product(range(batch), range(nheads_q), range(seqlen_q)):
-        seen = seen_keys(case, inputs, b, i)
-        s = row_of_scores(case, inputs, b, h, i)[seen]
+        row = row_of_scores(case, inputs, b, h, i)
+        seen = seen_keys(case, inputs, b, i) & (row.detach() > -math.inf)
+        s = row[seen]
         logits = torch.cat([s, inputs["attn_sink"][h : h + 1]]) if case.sink else s
         if len(logits) == 0:
             outs.append(v.new_zeros(v.shape[-1]))

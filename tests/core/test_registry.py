@@ -120,14 +120,14 @@ def test_use_backend_decides_and_an_argument_goes_before_it() -> None:
 
 def test_explain_tells_forward_and_backward() -> None:
     q = torch.randn(1, 4, 1, 16, requires_grad=True)
+    big = torch.randn(1, 4, 1, 300)
     told = onepass.explain("attention", q, q, q, causal=True)
     assert [choice.op for choice in told] == ["attention forward", "attention backward"]
     assert "cpu: chosen" in str(told)
     assert "reference: used only when asked for by name" in str(told)
-    with torch.no_grad():
-        refused = onepass.explain("attention", q, q, q, softcap=1.0)
+    refused = onepass.explain("attention", big, big, big)
     assert [choice.backend for choice in refused] == [None]
-    assert "cpu: no softcap yet" in str(refused)
+    assert "cpu: head_dim 300 is above 256" in str(refused)
     by_name = onepass.explain("attention_decode", q.detach(), q.detach(), q.detach(), backend="reference")
     assert "slow: plain PyTorch" in str(by_name)
     merged = onepass.explain("merge_attention", torch.zeros(2, 1, 4, 1, 16), torch.zeros(2, 1, 1, 4))

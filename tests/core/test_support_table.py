@@ -16,7 +16,7 @@ def test_documentation_is_fresh() -> None:
 
 def test_tables_tell_reasons() -> None:
     page = support_table.backends_page()
-    assert "| softcap | no softcap yet | yes |" in page
+    assert "| softcap | yes | yes | yes |" in page
     assert "| head_dim above 256 | head_dim 512 is above 256" in page
     assert "| key_mask |  | cpu, triton | cpu, triton |" in support_table.readme_section()
 

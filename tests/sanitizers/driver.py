@@ -13,6 +13,7 @@ import onepass
 from onepass import lab
 from onepass.bench.bandwidth import memory_bandwidth
 from onepass.bench.peak import fma_peak
+from onepass.ops.attention import cpu as attention
 from onepass.ops.cross_entropy import cpu as cross_entropy
 from onepass.ops.norm import cpu as norm
 from onepass.ops.norm import reference as norm_reference
@@ -68,6 +69,72 @@ def run_attention(shape: tuple[int, ...], dtype: torch.dtype, options: dict[str,
     tolerance = DTYPES[dtype] * 4
     for name, found, expected in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
         compare(f"{name} of {shape} {dtype} {options} strided={strided}", found, expected, tolerance)
+
+
+BIASES = [(0, 0, 0, 0), (1, 1, 0, 0), (0, 1, 1, 0), (1, 0, 0, 1)]  # 1 = broadcast
+
+
+def run_options(shape: tuple[int, ...], dtype: torch.dtype, bias: tuple[int, ...], dropout_p: float) -> None:
+    """Every option on the scores at once, with its gradient."""
+    batch, seqlen_q, seqlen_k, nheads_q = shape[:4]
+    q, k, v = (x.requires_grad_() for x in tensors(shape, dtype, strided=dropout_p > 0))
+    full = (batch, nheads_q, seqlen_q, seqlen_k)
+    sizes = [1 if one else size for one, size in zip(bias, full, strict=True)]
+    attn_bias = torch.randn(sizes).to(dtype).requires_grad_()
+    sink = torch.randn(nheads_q).requires_grad_()
+    options = {
+        "attn_bias": attn_bias,
+        "attn_sink": sink,
+        "softcap": 2.0,
+        "alibi_slopes": torch.rand(batch, nheads_q),
+        "window_size": (30, 2),
+        "dropout_p": dropout_p,
+        "rng_state": torch.tensor([3, 4]) if dropout_p else None,
+    }
+    do = torch.randn(*q.shape[:3], v.shape[3]).to(dtype)
+    results = []
+    for backend in ("cpu", "reference"):
+        out = onepass.attention(q, k, v, backend=backend, **options)
+        results.append((out, *torch.autograd.grad(out, (q, k, v, attn_bias, sink), do)))
+    for name, found, expected in zip(("out", "dq", "dk", "dv", "dbias", "dsink"), *results, strict=True):
+        scale = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
+        compare(f"{name} of {shape} {dtype} {bias}", found / scale, expected / scale, DTYPES[dtype] * 4)
+
+
+def run_caches(dtype: torch.dtype, page_size: int, cache_dtype: torch.dtype | None) -> None:
+    """Decode on pages, in q's dtype or one byte an element."""
+    lengths = torch.tensor([37, 20], dtype=torch.int32)
+    table = torch.randperm(2 * -(-40 // page_size)).view(2, -1).to(torch.int32)
+    q = torch.randn(2, 3, 4, 40).to(dtype)
+    k, v = (torch.randn(table.numel(), page_size, 2, size).to(dtype) for size in (40, 24))
+    scales = {}
+    if cache_dtype is not None:
+        k, v = (x.float().mul(8).round().to(cache_dtype) for x in (k, v))
+        scales = {"k_descale": torch.full((2,), 0.125), "v_descale": torch.full((2, 2), 0.125)}
+    out, expected = (
+        onepass.attention_decode(
+            q, k, v, cache_seqlens=lengths, page_table=table, softcap=3.0, backend=backend, **scales
+        )
+        for backend in ("cpu", "reference")
+    )
+    compare(f"decode {dtype} pages of {page_size} {cache_dtype}", out, expected, DTYPES[dtype])
+
+
+def run_packed(dtype: torch.dtype) -> None:
+    """Packed sequences, which share nothing: each alone gives the same."""
+    lengths = torch.tensor([0, 17, 17, 90, 103], dtype=torch.int32)
+    q, k, v = (torch.randn(103, heads, 33).to(dtype) for heads in (4, 2, 2))
+    numbers = (None, None, None, None, None, 90, 90, 0.2, -1, 0, True, 0.0, 0.0, False)
+    out, lse = attention.forward_packed(q, k, v, lengths, lengths, None, None, *numbers)
+    gradients = attention.backward_packed(
+        q, None, q, k, v, out, lse, lengths, lengths, None, *numbers, True, True, False, False
+    )
+    for begin, end in itertools.pairwise(lengths.tolist()):
+        one = [x[None, begin:end].clone().requires_grad_() for x in (q, k, v)]
+        expected = onepass.attention(*one, causal=True, softmax_scale=0.2, backend="reference")
+        wanted = torch.autograd.grad(expected, one, q[None, begin:end])
+        for found, other in zip((out, *gradients[:3]), (expected, *wanted), strict=True):
+            compare(f"packed {dtype}", found[begin:end], other[0], DTYPES[dtype] * 8)
 
 
 def run_decode(dtype: torch.dtype, seqlen_q: int, capacity: int, heads: tuple[int, int], splits: int | None) -> None:
@@ -222,6 +289,11 @@ def main() -> None:
         run_merge(dtype)
         for kind, paged in itertools.product(("as it is", "int8", "int4"), (False, True)):
             run_append(dtype, kind, paged)
+        for shape, bias, dropout_p in itertools.product(SHAPES, BIASES, (0.0, 0.4)):
+            run_options(shape, dtype, bias, dropout_p)
+        for page_size, cache_dtype in itertools.product((1, 7, 16), (None, torch.int8, torch.float8_e5m2)):
+            run_caches(dtype, page_size, cache_dtype)
+        run_packed(dtype)
         for shape, strided in itertools.product(ROWS, (False, True)):
             for center, residual in itertools.product((False, True), (False, True)):
                 run_norm(shape, dtype, center, residual, strided)

@@ -13,7 +13,7 @@ from onepass.ops.append_kv.spec import check_append_contents
 
 # struct AppendKvArgs.
 _ARGS = struct.Struct("=32q")
-_COPY, _INT8, _INT4 = 0, 1, 2  # enum OnepassCacheFormat
+_COPY, _INT8, _INT4 = 0, 1, 6  # enum OnepassCacheFormat
 
 
 def append(

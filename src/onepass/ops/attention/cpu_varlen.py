@@ -1,4 +1,4 @@
-"""attention_varlen by the C++ kernels of attention, one sequence after the other; what they read is never copied."""
+"""attention_varlen by the C++ kernels of attention, which take all sequences in one call."""
 
 from __future__ import annotations
 
@@ -7,30 +7,27 @@ from typing import Any
 from torch import Tensor
 
 from onepass.core import launches
-from onepass.ops.attention import by_sequence, cpu
+from onepass.ops.attention import cpu
+from onepass.ops.attention.spec_varlen import check_varlen_contents
 
 
-def forward(*call: Any) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
     """out (total_q, nheads_q, head_dim_v) and lse (nheads_q, total_q), for the arguments of attention_varlen_fwd."""
     _refuse_replays()
-    return by_sequence.forward(_forward, *call)
+    check_varlen_contents(q, k, *call[:4], *call[9:11])
+    return cpu.forward_packed(q, k, v, *call)
 
 
-def backward(*call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *call: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dbias and dsink, for the arguments of attention_varlen_bwd; empty where not needed."""
     _refuse_replays()
-    return by_sequence.backward(_backward, *call)
-
-
-def _forward(*args: Any, sequence: int) -> tuple[Tensor, Tensor]:
-    return cpu.forward(*args)
-
-
-def _backward(*args: Any, sequence: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return cpu.backward(*args)
+    check_varlen_contents(q, k, *call[:3], None, *call[8:10])
+    return cpu.backward_packed(do, dlse, q, k, v, out, lse, *call)
 
 
 def _refuse_replays() -> None:
-    """What is launched depends on the lengths, which a replay would not look at."""
+    """The lengths are looked at before each call, which a replay would not do."""
     if launches.watched:
         launches.tell(None)

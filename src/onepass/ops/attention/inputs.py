@@ -42,6 +42,8 @@ class AttentionCase:
     softcap: float = 0.0
     alibi: bool = False
     bias: tuple[int, int, int, int] | None = None  # 1 = broadcast, 0 = the full size
+    bias_fp32: bool = False  # else of q's dtype
+    bias_hides: bool = False  # -inf in some of it
     sink: bool = False
     key_mask: bool = False
     dropout_p: float = 0.0
@@ -58,7 +60,11 @@ class AttentionCase:
         if self.bias is not None:
             full = (*rows, self.seqlen_k)
             sizes = tuple(size if size else whole for size, whole in zip(self.bias, full, strict=True))
-            found["attn_bias"] = normal(sizes, dtype, device, generator)
+            bias = normal(sizes, spec.lse_dtype(dtype) if self.bias_fp32 else dtype, device, generator)
+            if self.bias_hides:
+                bias = bias.masked_fill((torch.rand(sizes, generator=generator) < 0.4).to(device), -torch.inf)
+                bias[:1, :1, :1] = -torch.inf  # a query without keys
+            found["attn_bias"] = bias
         if self.alibi:
             found["alibi_slopes"] = torch.rand((self.batch, self.nheads_q), generator=generator).to(device)
         if self.sink:
@@ -154,7 +160,19 @@ class AttentionCase:
         group = self.nheads_q // self.nheads_kv
         k, v = (x.transpose(1, 2).abs().repeat_interleave(group, 1) for x in (k, v))
         do = do.transpose(1, 2).abs()
-        ds = rounded * (do @ v.mT + (do * (p @ v)).sum(-1, keepdim=True) + used["dlse"].abs().unsqueeze(-1))
+        delta = (do * (p @ v)).sum(-1, keepdim=True) + used["dlse"].abs().unsqueeze(-1)
+        ds = rounded * (do @ v.mT + delta)
+        # delta is computed from out as it is stored.
+        eps = torch.finfo(inputs["q"].dtype).eps / torch.finfo(torch.float32).eps
+        delta_rounding = (do * (p @ v)).sum(-1) * (eps / 2)
+        dbias, dsink = ds, torch.zeros(1)
+        if "attn_bias" in used:
+            if self.bias_fp32:  # finer than delta
+                dbias = ds + p * delta_rounding.unsqueeze(-1)
+            dbias = dbias.sum([dim for dim in range(4) if used["attn_bias"].shape[dim] == 1], keepdim=True)
+        if "attn_sink" in used:
+            weight = torch.exp(used["attn_sink"].view(-1, 1) - lse) * (1.0 + lse.abs())
+            dsink = (weight * (delta.squeeze(-1) + delta_rounding)).nan_to_num().sum((0, 2))
         scale = abs(self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale)
         return {
             "lse": LSE_TERMS,
@@ -162,7 +180,8 @@ class AttentionCase:
             "dq": scale * float((ds @ k).max()),
             "dk": scale * float((ds.mT @ q.transpose(1, 2).abs()).max()),
             "dv": float((rounded.mT @ do).max()),
-            "dattn_bias": float(ds.max()),
+            "dattn_bias": float(dbias.max()),
+            "dattn_sink": float(dsink.max()),
         }
 
     def backends(self, inputs: Mapping[str, Tensor]) -> list[str]:
@@ -382,8 +401,19 @@ CASES: list[AttentionCase | VarlenCase | DecodeCase | MergeCase] = [
     AttentionCase("alibi", alibi=True, causal=True, seqlen_k=50),
     AttentionCase("bias", bias=(0, 0, 0, 0)),
     AttentionCase("bias, broadcast", bias=(1, 0, 1, 0), causal=True),
+    AttentionCase("bias, one batch", bias=(1, 0, 0, 0), batch=3, seqlen_q=70, seqlen_k=130, causal=True),
+    AttentionCase("bias, one head", bias=(0, 1, 0, 0), nheads_q=4, seqlen_q=70, seqlen_k=150),
+    AttentionCase("bias, one query", bias=(0, 0, 1, 0), seqlen_q=70, seqlen_k=150, window_size=(30, 20)),
+    AttentionCase("bias, one key", bias=(0, 0, 0, 1), seqlen_q=70, seqlen_k=300),
+    AttentionCase("bias, one sheet", bias=(1, 1, 0, 0), nheads_q=4, seqlen_q=70, seqlen_k=300),
+    AttentionCase("bias, one number", bias=(1, 1, 1, 1)),
+    AttentionCase("bias, fp32, hides keys", bias=(0, 1, 0, 0), bias_fp32=True, bias_hides=True, seqlen_k=70),
     AttentionCase("sink", sink=True, key_mask=True, causal=True),
+    AttentionCase("sink, no keys", sink=True, seqlen_k=0),
     AttentionCase("dropout", dropout_p=0.3, causal=True),
+    AttentionCase("dropout, grouped heads", dropout_p=0.5, nheads_q=8, seqlen_q=100, seqlen_k=150),
+    AttentionCase("few queries, softcap, alibi, sink", seqlen_q=2, seqlen_k=90, softcap=3.0, alibi=True, sink=True),
+    AttentionCase("few queries, bias, dropout", seqlen_q=2, seqlen_k=90, bias=(0, 0, 0, 0), dropout_p=0.4),
     AttentionCase(
         "everything",
         nheads_q=4,
@@ -409,6 +439,11 @@ CASES: list[AttentionCase | VarlenCase | DecodeCase | MergeCase] = [
     DecodeCase("decode, head_dim 40, head_dim_v 72", head_dim=40, head_dim_v=72, heads_first=True),
     DecodeCase("decode, softcap, alibi, sink", softcap=3.0, alibi=True, sink=True),
     DecodeCase("decode, pages", page_size=8, lengths=(40, 7, 0)),
+    DecodeCase("decode, pages of 1", page_size=1, lengths=(40, 7), seqlen_q=3, alibi=True),
+    DecodeCase("decode, pages of 48", page_size=48, lengths=(40, 200), capacity=240, num_splits=3, nheads_q=8),
+    DecodeCase("decode, int8, pages", cache_dtype=torch.int8, page_size=8, head_dim=40, lengths=(48, 0, 9)),
+    DecodeCase("decode, float8_e4m3fnuz", cache_dtype=torch.float8_e4m3fnuz, heads_first=True, sink=True),
+    DecodeCase("decode, float8_e5m2fnuz", cache_dtype=torch.float8_e5m2fnuz, head_dim=72, softcap=2.0),
     DecodeCase("decode, int8", cache_dtype=torch.int8, seqlen_q=2),
     DecodeCase("decode, float8_e4m3fn", cache_dtype=torch.float8_e4m3fn, num_splits=2),
     DecodeCase("decode, float8_e5m2, pages", cache_dtype=torch.float8_e5m2, page_size=4, window_size=(20, -1)),

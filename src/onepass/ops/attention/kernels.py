@@ -31,27 +31,9 @@ def _cpu_machine(arch: str, dtype: torch.dtype) -> list[str]:
 
 def _cpu_unsupported(spec: AttentionSpec) -> list[str]:
     reasons = _cpu_machine(spec.arch, spec.dtype) + _sizes_unsupported(spec)
-    options = {
-        "softcap": spec.softcap,
-        "alibi_slopes": spec.alibi,
-        "attn_bias": spec.bias,
-        "attn_sink": spec.sink,
-        "dropout": spec.dropout,
-        "paged caches": spec.paged,
-        "k_descale and v_descale": spec.quantized,
-        "k_scale_shift and v_scale_shift": spec.int4,
-    }
-    reasons += [f"no {option} yet" for option, given in options.items() if given]
+    if spec.int4:
+        reasons.append("no k_scale_shift and v_scale_shift yet")
     return reasons
-
-
-def _cpu_varlen_unsupported(spec: AttentionSpec) -> list[str]:
-    reasons = _cpu_unsupported(spec)  # it runs attention's kernel, in which dropout counts sequences from 0
-    return reasons if "no dropout yet" in reasons or not spec.dropout else [*reasons, "no dropout yet"]
-
-
-def _cpu_varlen_slow(spec: AttentionSpec) -> list[str]:
-    return ["one sequence after the other, each a call of attention's kernel: many short ones take host time"]
 
 
 def _cpu_merge_unsupported(spec: MergeSpec) -> list[str]:
@@ -112,14 +94,7 @@ def _varlen_table(op: str, function: str) -> KernelTable:
         op,
         AttentionSpec,
         [
-            Kernel(
-                "cpu",
-                10,
-                _cpu_varlen_unsupported,
-                f"{_CPU}_varlen:{function}",
-                _cpu_varlen_slow,
-                unavailable=cpu_library.unavailable,
-            ),
+            Kernel("cpu", 10, _cpu_unsupported, f"{_CPU}_varlen:{function}", unavailable=cpu_library.unavailable),
             triton_backend.row(_triton_unsupported, f"{_TRITON}.varlen:{function}"),
             Kernel(
                 "reference",
