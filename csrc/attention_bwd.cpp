@@ -423,7 +423,7 @@ Plan make_plan(const AttentionBwdArgs& a, const AttentionProblem& p) {
   const bool even = heads >= 4 * p.num_threads || heads % p.num_threads == 0;
   int64_t ranges = even ? 1 : max_of(min_of(MAX_RANGES, ceil_div(4 * p.num_threads, heads)), ceil_div(p.num_threads, heads));
   const int64_t range_keys = BLOCK_K * ceil_div(tiles, min_of(ranges, tiles));
-  ranges = ceil_div(p.seqlen_k, range_keys);
+  ranges = max_of(1, ceil_div(p.seqlen_k, range_keys));
   const int64_t rows = a.packed.cu_seqlens_q ? p.nheads_q * a.packed.total_q : p.batch * p.nheads_q * p.seqlen_q;
   return {ranges, range_keys, owners, rows * p.head_dim, nullptr};
 }

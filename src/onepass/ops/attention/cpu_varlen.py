@@ -14,7 +14,7 @@ from onepass.ops.attention.spec_varlen import check_varlen_contents
 def forward(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
     """out (total_q, nheads_q, head_dim_v) and lse (nheads_q, total_q), for the arguments of attention_varlen_fwd."""
     _refuse_replays()
-    check_varlen_contents(q, k, *call[:4], *call[9:11])
+    check_varlen_contents(q, k, call[0], call[1], call[2], call[3], call[9], call[10])
     return cpu.forward_packed(q, k, v, *call)
 
 
@@ -23,7 +23,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dbias and dsink, for the arguments of attention_varlen_bwd; empty where not needed."""
     _refuse_replays()
-    check_varlen_contents(q, k, *call[:3], None, *call[8:10])
+    check_varlen_contents(q, k, call[0], call[1], call[2], None, call[8], call[9])
     return cpu.backward_packed(do, dlse, q, k, v, out, lse, *call)
 
 

@@ -51,15 +51,11 @@ Builder = Callable[[Problem, Constants, str, torch.dtype], Contender]
 
 
 def ours(problem: Problem, fixed: Constants, device: str, dtype: torch.dtype) -> Contender:
-    options = {**problem.options(fixed), "backend": problems.BACKENDS[device]}
+    options: dict[str, Any] = {**problem.options(fixed), "backend": problems.BACKENDS[device]}
     if problem.packed:
-        if not hasattr(onepass, "attention_varlen"):
-            raise SkippedError("onepass has no attention_varlen yet")
         longest = max(problem.lengths)
-        lengths = {"max_seqlen_q": longest, "max_seqlen_k": longest}
-        return Contender(
-            lambda q, k, v: onepass.attention_varlen(q, k, v, fixed.cu_seqlens, fixed.cu_seqlens, **lengths, **options)
-        )
+        options |= {"cu_seqlens_q": fixed.cu_seqlens, "cu_seqlens_k": fixed.cu_seqlens}
+        return Contender(partial(onepass.attention_varlen, max_seqlen_q=longest, max_seqlen_k=longest, **options))
     if problem.bias_gradient:
         return Contender(lambda q, k, v, bias: onepass.attention(q, k, v, attn_bias=bias, **options))
     return Contender(partial(onepass.attention, attn_bias=fixed.attn_bias, **options))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import onepass
 from onepass.bench import problems
 from onepass.bench.problems import first_line
-from onepass.bench.registry import Case, Group, Prepared, SkippedError
+from onepass.bench.registry import Case, Group, Prepared
 from onepass.ops.attention.bench.contenders import (
     CUDNN,
     FLASH,
@@ -120,9 +119,7 @@ def fp8(k: Tensor, v: Tensor) -> Cache:
 
 def int4(k: Tensor, v: Tensor) -> Cache:
     """Two features a byte, the even one in the low nibble; nibble * scale + shift, which are fp16 and of a row."""
-    if "k_scale_shift" not in inspect.signature(onepass.attention_decode).parameters:
-        raise SkippedError("attention_decode has no k_scale_shift yet")
-    (stored_k, scales_k), (stored_v, scales_v) = packed_int4(k), packed_int4(v)
+    (stored_k, scales_k), (stored_v, scales_v) = onepass.quantize_kv_int4(k), onepass.quantize_kv_int4(v)
 
     def numbers(sequence: int, head: int) -> tuple[Tensor, Tensor]:
         kept = ((stored_k, scales_k), (stored_v, scales_v))
@@ -132,18 +129,9 @@ def int4(k: Tensor, v: Tensor) -> Cache:
     return Cache(stored_k, stored_v, numbers, {"k_scale_shift": scales_k, "v_scale_shift": scales_v})
 
 
-def packed_int4(x: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 (batch, seqlen, heads, d / 2), and fp16 (batch, seqlen, heads, 2)."""
-    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    scale_shift = torch.cat(((high - low) / 15, low), -1).half()
-    scale, shift = (part.to(x.dtype) for part in scale_shift.split(1, -1))
-    nibbles = ((x - shift) / scale).round_().clamp_(0, 15).to(torch.uint8)
-    return nibbles[..., ::2] | nibbles[..., 1::2] << 4, scale_shift
-
-
 def unpacked_int4(stored: Tensor, scale_shift: Tensor) -> Tensor:
-    """The numbers, in fp64."""
-    scale, shift = scale_shift.double().split(1, -1)
+    """The numbers, in fp64, of rows (..., d / 2) with their pair (..., 1, 2)."""
+    scale, shift = scale_shift.double().squeeze(-2).split(1, -1)
     return torch.stack((stored & 15, stored >> 4), -1).flatten(-2) * scale + shift
 
 

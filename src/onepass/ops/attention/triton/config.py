@@ -135,10 +135,10 @@ _BACKWARD_BIAS = {
 # bf16 cache of the same keys: 64 x 8192, 1 x 131072, 16 x 32768 with 32 query and 8 KV heads, 128 x 2048 with 32.
 _DECODE: Mapping[_Key, DecodeConfig] = {
     ("hopper", 64): DecodeConfig(128, 4, 3),
-    ("hopper", 128): DecodeConfig(128, 4, 3),  # 4451, 4192, 4502, 4489
-    ("hopper", 128, "paged"): DecodeConfig(32, 2, 3, programs_per_processor=4),  # 4363, 3665, 4241, 4312
-    ("hopper", 128, "bytes"): DecodeConfig(64, 2, 3, programs_per_processor=4),  # 8498, 6910, 8102, 8497
-    ("hopper", 128, "int4"): DecodeConfig(128, 4, 3, most_rows=32, programs_per_processor=3),
+    ("hopper", 128): DecodeConfig(128, 4, 3),  # 4570, 4232, 4590, 4570
+    ("hopper", 128, "paged"): DecodeConfig(16, 1, 3, programs_per_processor=8),  # 4389, 3935, 4368, 4468: pages of 16
+    ("hopper", 128, "bytes"): DecodeConfig(64, 2, 3, programs_per_processor=4),  # 8682, 7121, 8396, 8730: fp8
+    ("hopper", 128, "int4"): DecodeConfig(64, 1, 3, most_rows=32, programs_per_processor=8),  # 10157, 7862, 10139, 9757
     ("hopper", 256): DecodeConfig(32, 4, 3),
     ("ampere", 64): DecodeConfig(64, 4, 3),
     ("ampere", 128): DecodeConfig(32, 4, 3),
