@@ -168,7 +168,7 @@ def _keys_bwd_kernel(
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     VARLEN: tl.constexpr, USED: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    SHARED_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one KV head: its query heads one after the other."""
     blocks = tl.cdiv(seqlen_k, BLOCK_N)
@@ -177,6 +177,11 @@ def _keys_bwd_kernel(
     nheads_kv = nheads_q // GROUP
     batch = (sheet_kv // nheads_kv).to(tl.int64)
     kv_head = (sheet_kv % nheads_kv).to(tl.int64)
+    if SHARED_BIAS:  # sequences that read the same part of the bias run at the same time
+        batches = tl.num_programs(0) // (blocks * nheads_kv)
+        block = tl.program_id(0) // batches % blocks
+        batch = (tl.program_id(0) % batches).to(tl.int64)
+        kv_head = (tl.program_id(0) // (batches * blocks)).to(tl.int64)
     first_col = block * BLOCK_N
     if VARLEN:
         first_q, seqlen_q, first_k, seqlen_k, shift = sequence_of(
@@ -525,7 +530,14 @@ def _launch_keys(problem: Problem, held: Held, dk: Tensor, dv: Tensor, config: B
             seqlen_q, seqlen_k, nheads_q, problem.softmax_scale, *problem.options(),
         ),
         problem.constants()
-        | {"TMA": tma, "EVEN": even, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.num_stages},
+        | {
+            "TMA": tma,
+            "EVEN": even,
+            "SHARED_BIAS": problem.attn_bias is not None and problem.attn_bias.shape[0] == 1 and problem.batch > 1,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "STAGES": config.num_stages,
+        },
         num_warps=config.num_warps,
     )  # fmt: skip
 

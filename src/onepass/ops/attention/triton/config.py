@@ -83,6 +83,7 @@ def _width(q: Tensor, v: Tensor) -> int:
 _FORWARD: Mapping[_Key, ForwardConfig] = {
     ("hopper", 64): ForwardConfig(64, 128, 4, 2),  # 481 and 419 TFLOP/s
     ("hopper", 128): ForwardConfig(64, 64, 4, 3),  # 539 and 475; causal with Schedule.DYNAMIC 487
+    ("hopper", 128, "bias"): ForwardConfig(128, 64, 8, 4),  # 420
     ("hopper", 256): ForwardConfig(128, 64, 8, 2),  # 518 and 446
     ("ampere", 64): ForwardConfig(64, 64, 4, 3),
     ("ampere", 128): ForwardConfig(128, 64, 8, 2),
@@ -98,6 +99,7 @@ _FORWARD_FP32 = {64: ForwardConfig(64, 32, 4, 1), 128: ForwardConfig(32, 32, 4, 
 _BACKWARD_KEYS: Mapping[_Key, BackwardConfig] = {
     ("hopper", 64): BackwardConfig(64, 64, 4, 2),  # 1.86 and 1.03 ms
     ("hopper", 128): BackwardConfig(64, 64, 4, 2),  # 1.63 and 0.89 ms
+    ("hopper", 128, "bias"): BackwardConfig(32, 64, 4, 2),  # 2.87 ms
     ("hopper", 256): BackwardConfig(64, 64, 8, 2),  # 3.35 and 2.10 ms
     ("ampere", 64): BackwardConfig(32, 64, 4, 2),
     ("ampere", 64, "packed"): BackwardConfig(32, 64, 8, 1),
