@@ -268,10 +268,10 @@ def _decode_kernel(
 @triton.jit
 def _merge_kernel(
     parts_ptr, lses_ptr, sink_ptr, out_ptr, lse_ptr, rows, seqlen_q, nheads_q, splits,
-    HEAD_DIM_V: tl.constexpr, BLOCK_F: tl.constexpr, SINK: tl.constexpr, NEED_LSE: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, SINK: tl.constexpr, NEED_LSE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_F features of a row (batch, query, head) from its splits."""
+    """A row (batch, query, head) from its splits."""
     row = tl.program_id(0).to(tl.int64)
     head = row % nheads_q
     split = tl.arange(0, SPLITS)
@@ -287,7 +287,7 @@ def _merge_kernel(
     if SINK:
         total += tl.exp2(sink - top)
     empty = total == 0.0
-    feature = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    feature = tl.arange(0, BLOCK_DV)
     parts = tl.load(
         parts_ptr + (split.to(tl.int64) * rows + row)[:, None] * HEAD_DIM_V + feature[None, :],
         mask=there[:, None] & (feature < HEAD_DIM_V)[None, :],
@@ -295,7 +295,7 @@ def _merge_kernel(
     )
     out = tl.sum(tl.where((weights == 0.0)[:, None], 0.0, weights[:, None] * parts), 0) / tl.where(empty, 1.0, total)
     tl.store(out_ptr + row * HEAD_DIM_V + feature, out.to(out_ptr.dtype.element_ty), mask=feature < HEAD_DIM_V)
-    if NEED_LSE and tl.program_id(1) == 0:
+    if NEED_LSE:
         token = row // nheads_q
         at = (token // seqlen_q * nheads_q + head) * seqlen_q + token % seqlen_q
         tl.store(lse_ptr + at, tl.where(empty, -float("inf"), (top + tl.log2(total)) * LN_2))
@@ -415,14 +415,13 @@ def _merge_parts(
 ) -> None:
     """Fills out and lse from the splits' results (splits, rows, head_dim_v)."""
     splits, rows, head_dim_v = parts.shape
-    block_f = min(block_of(head_dim_v), 32 if splits >= 8 else 256)  # many splits are many loads for one program
     _merge.launch(
-        (rows, triton.cdiv(head_dim_v, block_f), 1),
+        (rows, 1, 1),
         out.device,
         (parts, part_lses, attn_sink, out, lse, rows, *out.shape[1:3], splits),
         {
             "HEAD_DIM_V": head_dim_v,
-            "BLOCK_F": block_f,
+            "BLOCK_DV": block_of(head_dim_v),
             "SINK": attn_sink is not None,
             "NEED_LSE": need_lse,
             "SPLITS": max(2, triton.next_power_of_2(splits)),
