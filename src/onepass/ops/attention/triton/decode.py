@@ -25,33 +25,31 @@ from onepass.ops.attention.triton.tile import (
     LOG2_E,
     adjusted_scores,
     load_tile,
+    page_entries,
     seen_range,
+    softmax_step,
     split_range,
     visible,
     with_sink,
 )
 
-# Two 16-bit words to the fp16 numbers that their low bytes are in fp8, and those that their high bytes are.
-_E4M3_ASM: tl.constexpr = tl.constexpr("""{
+
+def _asm(kind: str) -> tl.constexpr:
+    """Two 16-bit words to the fp16 numbers that their low bytes are in fp8, and those that their high bytes are."""
+    return tl.constexpr(f"""{{
 .reg .b32 a, b;
 .reg .b16 low, high, rest;
 prmt.b32 a, $2, 0, 0x0020;
 prmt.b32 b, $2, 0, 0x0031;
-mov.b32 {low, rest}, a;
-mov.b32 {high, rest}, b;
-cvt.rn.f16x2.e4m3x2 $0, low;
-cvt.rn.f16x2.e4m3x2 $1, high;
-}""")
-_E5M2_ASM: tl.constexpr = tl.constexpr("""{
-.reg .b32 a, b;
-.reg .b16 low, high, rest;
-prmt.b32 a, $2, 0, 0x0020;
-prmt.b32 b, $2, 0, 0x0031;
-mov.b32 {low, rest}, a;
-mov.b32 {high, rest}, b;
-cvt.rn.f16x2.e5m2x2 $0, low;
-cvt.rn.f16x2.e5m2x2 $1, high;
-}""")
+mov.b32 {{low, rest}}, a;
+mov.b32 {{high, rest}}, b;
+cvt.rn.f16x2.{kind}x2 $0, low;
+cvt.rn.f16x2.{kind}x2 $1, high;
+}}""")
+
+
+_E4M3_ASM = _asm("e4m3")
+_E5M2_ASM = _asm("e5m2")
 
 
 @triton.jit
@@ -97,15 +95,14 @@ def _attend(
         page_size = PAGE_SIZE
     if PAGED:  # the pages of the next block are found while this one is worked on
         last = tl.minimum(end, length)
-        next_page = tl.load(page_table_ptrs + (start + lane) // page_size, mask=start + lane < last, other=0)
+        next_page = page_entries(page_table_ptrs, start + lane, last, page_size)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         key = first + lane
         there = key < length
         if PAGED:
             exists = (next_page >= 0) & (next_page < pages)
             page, place = next_page.to(tl.int64), (key % page_size).to(tl.int64)
-            following = key + BLOCK_N
-            next_page = tl.load(page_table_ptrs + following // page_size, mask=following < last, other=0)
+            next_page = page_entries(page_table_ptrs, key + BLOCK_N, last, page_size)
             read = there & exists
             k = tl.load(
                 k_ptrs + (page * stride_kb + place * stride_ks)[None, :],
@@ -137,12 +134,7 @@ def _attend(
             if LEFT or RIGHT:
                 seen = seen & visible(row[:, None], key[None, :], shift, window_left, window_right, LEFT, RIGHT)
             s = tl.where(seen, s, -float("inf"))
-        before = largest
-        largest = tl.maximum(largest, tl.max(s, 1) * LOG2_E)
-        top = tl.where(largest == -float("inf"), 0.0, largest)
-        p = tl.exp2(s * LOG2_E - top[:, None])
-        correction = tl.exp2(before - top)
-        total = total * correction + tl.sum(p, 1)
+        p, correction, largest, total = softmax_step(s, LOG2_E, largest, total)
         p = p.to(q.dtype)
         if V_DTYPE is None:
             accs = (tl.dot(p, v.to(q.dtype), accs[0] * correction[:, None], input_precision=PRECISION),)

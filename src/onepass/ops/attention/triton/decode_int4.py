@@ -23,7 +23,15 @@ from torch import Tensor
 from onepass.core import device
 from onepass.core.triton_backend import Launcher
 from onepass.ops.attention.triton.problem import block_of
-from onepass.ops.attention.triton.tile import LOG2_E, adjusted_scores, load_tile, split_range, visible
+from onepass.ops.attention.triton.tile import (
+    LOG2_E,
+    adjusted_scores,
+    load_tile,
+    page_entries,
+    softmax_step,
+    split_range,
+    visible,
+)
 
 
 def _asm(source: str, parts: dict[str, int], mantissa: int, one: int) -> tl.constexpr:
@@ -109,7 +117,7 @@ def _attend(
         page_size = PAGE_SIZE
     if PAGED:  # the pages of the next block are found while this one is worked on
         last = tl.minimum(end, length)
-        next_page = tl.load(page_table_ptrs + (start + lane) // page_size, mask=start + lane < last, other=0)
+        next_page = page_entries(page_table_ptrs, start + lane, last, page_size)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         key = first + lane
         there = key < length
@@ -118,8 +126,7 @@ def _attend(
         if PAGED:
             exists = (next_page >= 0) & (next_page < pages)
             page, place = next_page.to(tl.int64), (key % page_size).to(tl.int64)
-            following = key + BLOCK_N
-            next_page = tl.load(page_table_ptrs + following // page_size, mask=following < last, other=0)
+            next_page = page_entries(page_table_ptrs, key + BLOCK_N, last, page_size)
             read = there & exists
         at_k = page * stride_kb + place * stride_ks
         at_v = page * stride_vb + place * stride_vs
@@ -162,12 +169,7 @@ def _attend(
             if LEFT or RIGHT:
                 seen = seen & visible(row[:, None], key[None, :], shift, window_left, window_right, LEFT, RIGHT)
             s = tl.where(seen, s, -float("inf"))
-        before = largest
-        largest = tl.maximum(largest, tl.max(s, 1) * LOG2_E)
-        top = tl.where(largest == -float("inf"), 0.0, largest)
-        p = tl.exp2(s * LOG2_E - top[:, None])
-        correction = tl.exp2(before - top)
-        total = total * correction + tl.sum(p, 1)
+        p, correction, largest, total = softmax_step(s, LOG2_E, largest, total)
         new_accs, new_flat = (), ()
         for group in tl.static_range(V_GROUPS):
             v_scale, v_shift = _scale_and_shift(

@@ -27,6 +27,7 @@ from onepass.ops.attention.triton.tile import (
     pages_of,
     seen_range,
     sequence_of,
+    softmax_step,
     visible,
     walked_tile,
     whole_blocks,
@@ -82,13 +83,8 @@ def _attend(
         if KEY_MASK:
             key_seen = tl.load(key_mask_ptrs + ahead * stride_mk, mask=col < seqlen_k, other=0) != 0
             s = tl.where(key_seen[None, :], s, -float("inf"))
-        before = largest
         unit = scale if PLAIN else LOG2_E  # positive: q has the sign that makes the scale so
-        largest = tl.maximum(largest, tl.max(s, 1) * unit)
-        top = tl.where(largest == -float("inf"), 0.0, largest)
-        p = tl.exp2(s * unit - top[:, None])
-        correction = tl.exp2(before - top)
-        total = total * correction + tl.sum(p, 1)
+        p, correction, largest, total = softmax_step(s, unit, largest, total)
         if DROPOUT:
             p = tl.where(kept(rng_ptr, threshold, sheet, row, first, BLOCK_M, BLOCK_N, False), p, 0.0)
         acc = acc * correction[:, None]

@@ -47,6 +47,12 @@ def walked_tile(
 
 
 @triton.jit
+def page_entries(page_table_ptrs, key, end, page_size):
+    """The table's entries for keys before `end`; others are not looked at."""
+    return tl.load(page_table_ptrs + key // page_size, mask=key < end, other=0)
+
+
+@triton.jit
 def pages_of(page_table_ptrs, key, there, page_size, pages):
     """The page of each key and its place there; which pages exist. Entries past the stored keys are not looked at."""
     page = tl.load(page_table_ptrs + key // page_size, mask=there, other=0)
@@ -174,6 +180,17 @@ def adjusted_scores(
     if BIAS:
         s += bias.to(tl.float32)
     return s, cap_slope
+
+
+@triton.jit
+def softmax_step(s, unit, largest, total):
+    """(weights of a block's scores, what earlier sums are multiplied by, the new maximum and sum); unit: to log2."""
+    before = largest
+    largest = tl.maximum(largest, tl.max(s, 1) * unit)
+    top = tl.where(largest == -float("inf"), 0.0, largest)
+    p = tl.exp2(s * unit - top[:, None])
+    correction = tl.exp2(before - top)
+    return p, correction, largest, total * correction + tl.sum(p, 1)
 
 
 @triton.jit
