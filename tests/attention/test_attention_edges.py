@@ -172,3 +172,45 @@ def test_inference_mode_and_parameters(backend: str, generator: torch.Generator)
         assert torch.equal(onepass.attention(q.clone(), k, v, backend=backend), expected)
     parameters = [torch.nn.Parameter(x) for x in (q, k, v)]
     assert onepass.attention(*parameters, backend=backend).requires_grad
+
+
+@pytest.mark.parametrize("length", [0, 1, 3])
+@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize("page_size", [None, 4])
+def test_decode_of_queries_before_the_first_key(
+    fused: str, length: int, splits: int, page_size: int | None, generator: torch.Generator
+) -> None:
+    """More queries than keys, in several tiles of rows: those of the first tile see nothing."""
+    q, k, v = qkv(generator, 24, 64)
+    lengths = torch.full((2,), length, dtype=torch.int32)
+    options = {"cache_seqlens": lengths, "num_splits": splits, "return_lse": True}
+    if page_size is not None:
+        k, v = (x.reshape(-1, page_size, *x.shape[2:]) for x in (k, v))
+        options["page_table"] = torch.arange(len(k), dtype=torch.int32).view(2, -1)
+    out, lse = onepass.attention_decode(q, k, v, **options, backend=fused)
+    expected, expected_lse = onepass.attention_decode(q, k, v, **options, backend="reference")
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_pages_of_others_do_not_reach_rows_that_see_less(fused: str, generator: torch.Generator) -> None:
+    """Keys after those that a tile of rows sees are not read from whichever page stands first."""
+    q, k, v = qkv(generator, 24, 48)
+    pages = [torch.cat((torch.full((1, 4, *x.shape[2:]), torch.nan), x[0].unflatten(0, (12, 4)))) for x in (k, v)]
+    table = torch.arange(1, 13, dtype=torch.int32)[None]
+    lengths = torch.tensor([44], dtype=torch.int32)
+    out = onepass.attention_decode(q[:1], *pages, cache_seqlens=lengths, page_table=table, backend=fused)
+    expected = onepass.attention_decode(q[:1], k[:1], v[:1], cache_seqlens=lengths, backend="reference")
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seqlen_k", [64, 65, 129])
+def test_gradients_where_every_score_is_far_below_zero(fused: str, seqlen_k: int, generator: torch.Generator) -> None:
+    """exp(-lse) of a key that does not exist would be inf."""
+    q, k = torch.ones(1, 20, 1, 16), torch.full((1, seqlen_k, 1, 16), -40.0)
+    inputs = [x.requires_grad_() for x in (q, k, normal((1, seqlen_k, 1, 16), torch.float32, "cpu", generator))]
+    do = normal((1, 20, 1, 16), torch.float32, "cpu", generator)
+    found = torch.autograd.grad(onepass.attention(*inputs, backend=fused), inputs, do)
+    expected = torch.autograd.grad(onepass.attention(*inputs, backend="reference"), inputs, do)
+    for gradient, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4)

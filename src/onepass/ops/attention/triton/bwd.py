@@ -278,7 +278,7 @@ def _walk_keys(
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Keys from start to end; keys past the last, which CUT blocks have, are zeros, which add nothing to dq."""
+    """Keys from start to end; CUT blocks have keys past the last, zeros."""
     lane = tl.arange(0, BLOCK_N)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         col = first + lane
@@ -301,6 +301,8 @@ def _walk_keys(
             s, row[:, None], col[None, :], first, seen, lse2[:, None], shift, window_left, window_right, scale, softcap,
             slope, bias, EDGE, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
         )  # fmt: skip
+        if CUT:  # the weight of a zero key, exp2(-lse2), may be inf
+            p = tl.where(there[None, :], p, 0.0)
         v = walked_tile(
             v_base, v_desc, first, stride_vs, stride_vd, v_row, v_col, seqlen_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV, CUT,
             TMA,

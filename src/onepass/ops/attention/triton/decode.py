@@ -103,7 +103,7 @@ def _attend(
             exists = (next_page >= 0) & (next_page < pages)
             page, place = next_page.to(tl.int64), (key % page_size).to(tl.int64)
             next_page = page_entries(page_table_ptrs, key + BLOCK_N, last, page_size)
-            read = there & exists
+            read = exists & (key < last)
             k = tl.load(
                 k_ptrs + (page * stride_kb + place * stride_ks)[None, :],
                 mask=read[None, :] & (feature[:, None] < HEAD_DIM),
@@ -461,7 +461,7 @@ def _by_words(v_cache: Tensor) -> tuple[Tensor, dict[str, Any]]:
     if (
         v_cache.itemsize == 1
         and last == 1
-        and not any(number % 2 for number in (features, v_cache.storage_offset(), *strides))
+        and not any(number % 2 for number in (features, v_cache.storage_offset(), v_cache.data_ptr(), *strides))
     ):
         dtype = _WORD_HALVES[v_cache.dtype]
         v_cache, features = v_cache.view(torch.int16), features // 2

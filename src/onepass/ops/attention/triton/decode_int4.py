@@ -84,13 +84,11 @@ def _nibbles(x, dtype: tl.constexpr, PARTS: tl.constexpr, LEADING: tl.constexpr)
 
 
 @triton.jit
-def _scale_and_shift(ptrs, there, LEADING: tl.constexpr):
-    """fp32 scales and shifts of keys, from words that hold two fp16; LEADING: for 16 (1 + n / 16) less 16."""
+def _scale_and_shift(ptrs, there):
+    """fp32 scales and shifts of keys, from words that hold two fp16."""
     word = tl.load(ptrs, mask=there, other=0)
     scale = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     shift = ((word >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    if LEADING:
-        scale = 16.0 * scale
     return scale, shift
 
 
@@ -127,13 +125,13 @@ def _attend(
             exists = (next_page >= 0) & (next_page < pages)
             page, place = next_page.to(tl.int64), (key % page_size).to(tl.int64)
             next_page = page_entries(page_table_ptrs, key + BLOCK_N, last, page_size)
-            read = there & exists
+            read = exists & (key < last)
         at_k = page * stride_kb + place * stride_ks
         at_v = page * stride_vb + place * stride_vs
         s = tl.zeros((largest.shape[0], BLOCK_N), tl.float32)
         for group in tl.static_range(K_GROUPS):
             k_scale, k_shift = _scale_and_shift(
-                k_pairs + page * stride_kpb + place * stride_kps + group * stride_kpg, read, LEADING
+                k_pairs + page * stride_kpb + place * stride_kps + group * stride_kpg, read
             )
             k = load_tile(
                 k_base + at_k[None, :] + (group * ROWS_K + row_k).to(tl.int64) * stride_kd, read[None, :],
@@ -143,7 +141,8 @@ def _attend(
             product = tl.zeros((largest.shape[0], BLOCK_N), tl.float32)
             for part in tl.static_range(PARTS_K):
                 product = tl.dot(q_parts[group * PARTS_K + part], nibbles[part], product, input_precision=PRECISION)
-            if LEADING:
+            if LEADING:  # n is 16 (1 + n / 16) - 16
+                k_scale *= 16.0
                 k_shift -= k_scale
             if not SOFTCAP:  # once a key in place of once a score
                 k_scale, k_shift = k_scale * scale, k_shift * scale
@@ -173,7 +172,7 @@ def _attend(
         new_accs, new_flat = (), ()
         for group in tl.static_range(V_GROUPS):
             v_scale, v_shift = _scale_and_shift(
-                v_pairs + page * stride_vpb + place * stride_vps + group * stride_vpg, read, LEADING
+                v_pairs + page * stride_vpb + place * stride_vps + group * stride_vpg, read
             )
             v = load_tile(
                 v_base + at_v[:, None] + (group * COLS_V + col_v).to(tl.int64) * stride_vd, read[:, None],
@@ -182,7 +181,7 @@ def _attend(
             nibbles = _nibbles(v, DTYPE, PARTS_V, LEADING)
             scaled = (p * v_scale[None, :]).to(DTYPE)
             if LEADING:  # what is taken off is what the rounded weights have added
-                rest = tl.sum(p * v_shift[None, :] - scaled.to(tl.float32), 1)
+                rest = tl.sum(p * v_shift[None, :] - 16.0 * scaled.to(tl.float32), 1)
             else:
                 rest = tl.sum(p * v_shift[None, :], 1)
             for part in tl.static_range(PARTS_V):
@@ -284,7 +283,7 @@ def _decode_int4_kernel(
     for group in tl.static_range(V_GROUPS):
         for part in tl.static_range(PARTS_V):
             out_ptrs = out_ptr + at[:, None] * HEAD_DIM_V + PARTS_V * (group * COLS_V + col_v) + part
-            out = (accs[group * PARTS_V + part] + flat[group][:, None]) * weight[:, None]
+            out = (accs[group * PARTS_V + part] * (16.0 if LEADING else 1.0) + flat[group][:, None]) * weight[:, None]
             tl.store(out_ptrs, out, mask=mask)
 
 

@@ -64,11 +64,17 @@ class Problem:
     @property
     def seqlen_q(self) -> int:
         """Of each sequence, or the most of any."""
-        return self.q.shape[1] if self.packed is None else self.packed.max_seqlen_q
+        total = self.q.shape[1]
+        return total if self.packed is None else min(self.packed.max_seqlen_q, total)
 
     @property
     def seqlen_k(self) -> int:
-        return self.k.shape[1] if self.packed is None else self.packed.max_seqlen_k
+        total = self.k.shape[1]
+        if self.packed is None:
+            return total
+        if self.packed.page_table is not None:
+            total *= self.packed.page_table.shape[1]
+        return min(self.packed.max_seqlen_k, total)
 
     @property
     def paged(self) -> bool:

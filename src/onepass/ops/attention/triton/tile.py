@@ -81,8 +81,8 @@ def sequence_of(
     table can hold. aligned: 1 to the bottom right, else 0.
     """
     first_q = tl.minimum(tl.maximum(tl.load(cu_q_ptr + batch), 0), total_q)
-    end_q = tl.minimum(tl.load(cu_q_ptr + batch + 1), total_q)
-    seqlen_q = tl.maximum(tl.minimum(end_q - first_q, longest_q), 0)
+    end_q = tl.maximum(tl.minimum(tl.load(cu_q_ptr + batch + 1), total_q), first_q)
+    seqlen_q = tl.minimum(end_q - first_q, longest_q)
     if PAGED:
         first_k = first_q * 0
         if USED:
@@ -92,7 +92,7 @@ def sequence_of(
         seqlen_k = tl.minimum(seqlen_k, total_k)
     else:
         first_k = tl.minimum(tl.maximum(tl.load(cu_k_ptr + batch), 0), total_k)
-        seqlen_k = tl.minimum(tl.load(cu_k_ptr + batch + 1), total_k) - first_k
+        seqlen_k = tl.maximum(tl.minimum(tl.load(cu_k_ptr + batch + 1), total_k), first_k) - first_k
         if USED:
             seqlen_k = tl.minimum(seqlen_k, tl.load(used_k_ptr + batch))
     seqlen_k = tl.maximum(tl.minimum(seqlen_k, longest_k), 0)
@@ -108,7 +108,8 @@ def seen_range(
 
     A token t sees others from t - shift_left to t + shift_right, among 0..length - 1. Returns start <= a <= b and end:
     in the whole blocks of [a, b) every token sees everything, in [start, a) and [b, end) some do not; outside of
-    [start, end) nobody sees anything. `end` is no multiple of BLOCK; without LEFT start == a == 0.
+    [start, end) nobody sees anything. `end` is no multiple of BLOCK, and below start where nobody sees anything at all;
+    without LEFT start == a == 0.
     """
     start, end, inner_start, inner_end = 0, length, 0, length
     if LEFT:
@@ -138,6 +139,7 @@ def split_range(
 ):  # fmt: skip
     """seen_range of one of `splits` parts: whole blocks, shared out evenly."""
     start, inner_start, inner_end, end = seen_range(first, last, shift_left, shift_right, length, LEFT, RIGHT, BLOCK)
+    end = tl.maximum(end, start)  # before it where nobody sees anything
     share = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), BLOCK), splits) * BLOCK
     start += split * share
     end = tl.minimum(end, start + share)
