@@ -114,8 +114,7 @@ def _attend(
     if PAGE_SIZE:
         page_size = PAGE_SIZE
     if PAGED:  # the pages of the next block are found while this one is worked on
-        last = tl.minimum(end, length)
-        next_page = page_entries(page_table_ptrs, start + lane, last, page_size)
+        next_page = page_entries(page_table_ptrs, start + lane, length, page_size)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         key = first + lane
         there = key < length
@@ -124,8 +123,8 @@ def _attend(
         if PAGED:
             exists = (next_page >= 0) & (next_page < pages)
             page, place = next_page.to(tl.int64), (key % page_size).to(tl.int64)
-            next_page = page_entries(page_table_ptrs, key + BLOCK_N, last, page_size)
-            read = exists & (key < last)
+            next_page = page_entries(page_table_ptrs, key + BLOCK_N, length, page_size)
+            read = there & exists
         at_k = page * stride_kb + place * stride_ks
         at_v = page * stride_vb + place * stride_vs
         s = tl.zeros((largest.shape[0], BLOCK_N), tl.float32)

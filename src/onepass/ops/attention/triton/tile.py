@@ -48,7 +48,7 @@ def walked_tile(
 
 @triton.jit
 def page_entries(page_table_ptrs, key, end, page_size):
-    """The table's entries for keys before `end`; others are not looked at."""
+    """The table's entries for keys before `end`; others are not looked at, and 0."""
     return tl.load(page_table_ptrs + key // page_size, mask=key < end, other=0)
 
 
