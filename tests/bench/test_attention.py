@@ -9,6 +9,7 @@ import torch
 import onepass
 from onepass.bench import problems, registry, report, run
 from onepass.bench.problems import BACKWARD, BOTH, FORWARD
+from onepass.core import kv_formats
 from onepass.ops.attention.bench import contenders, decode, gpu, options
 from onepass.ops.attention.bench.problem import Problem, constants, pieces
 
@@ -297,7 +298,7 @@ def test_int4_rows_hold_their_numbers():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 4, decode.HEAD_DIM, dtype=torch.bfloat16)
     stored, scale_shift = onepass.quantize_kv_int4(x)
-    numbers = decode.unpacked_int4(stored, scale_shift)
+    numbers = kv_formats.dequantize_int4(stored, scale_shift, torch.float64)
     assert ((numbers - x.double()).abs() <= 0.6 * scale_shift[..., 0, :1].double()).all()
     exact = (stored[..., 5] & 15) * scale_shift[..., 0, 0].double() + scale_shift[..., 0, 1].double()
     assert torch.equal(numbers[..., 10], exact)  # an even feature is the low nibble

@@ -214,7 +214,6 @@ def test_train_into_a_pipe_that_closes_early(folder):
     [
         (("--data", "none.txt"), "there is no file none.txt"),
         (("--data", "short.txt"), "too few for a context of 16"),
-        (("--dropout", "0.1"), "set dropout to 0, or train with attention 'sdpa' or 'reference'"),
         (("--attention", "flash"), "'flash' has no backward"),
         (("--device", "cuda:99"), "device 'cuda:99' is not there"),
         (("--resume",), "there is no checkpoint runs/gpt/checkpoint.pt to resume from"),

@@ -74,10 +74,9 @@ class AttentionChoice(NamedTuple):
         try:
             self.full(q, q, q, dropout_p).sum().backward()
         except onepass.UnsupportedError as error:
-            remedy = "train with attention 'sdpa' or 'reference'"
-            if dropout_p > 0.0:
-                remedy = f"set dropout to 0, or {remedy}: GPT's dropout {dropout_p} also drops attention weights"
-            raise ValueError(f"attention {self.name!r} cannot train this model: {remedy}\n{error}") from error
+            raise ValueError(
+                f"attention {self.name!r} cannot train this model: train with attention 'sdpa' or 'reference'\n{error}"
+            ) from error
 
     @property
     def _backend(self) -> str | None:

@@ -51,6 +51,7 @@ def forward(
     softcap: float,
     dropout_p: float,
     deterministic: bool,
+    *,
     sequence: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """out (batch, seqlen_q, nheads_q, head_dim_v) and lse (batch, nheads_q, seqlen_q).
@@ -95,6 +96,7 @@ def backward(
     need_dkv: bool,
     need_dbias: bool,
     need_dsink: bool,
+    *,
     sequence: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dbias and dsink, contiguous in the inputs' shapes and dtypes; empty where not needed."""

@@ -17,6 +17,7 @@ import onepass
 from onepass.bench import problems
 from onepass.bench.problems import first_line
 from onepass.bench.registry import Case, Group, Prepared
+from onepass.core import kv_formats
 from onepass.ops.attention.bench.contenders import (
     CUDNN,
     FLASH,
@@ -123,16 +124,11 @@ def int4(k: Tensor, v: Tensor) -> Cache:
 
     def numbers(sequence: int, head: int) -> tuple[Tensor, Tensor]:
         kept = ((stored_k, scales_k), (stored_v, scales_v))
-        parts = [unpacked_int4(*(x[sequence : sequence + 1, :, head : head + 1] for x in pair)) for pair in kept]
-        return parts[0], parts[1]
+        one = slice(sequence, sequence + 1), slice(None), slice(head, head + 1)
+        k_part, v_part = (kv_formats.dequantize_int4(x[one], pair[one], torch.float64) for x, pair in kept)
+        return k_part, v_part
 
     return Cache(stored_k, stored_v, numbers, {"k_scale_shift": scales_k, "v_scale_shift": scales_v})
-
-
-def unpacked_int4(stored: Tensor, scale_shift: Tensor) -> Tensor:
-    """The numbers, in fp64, of rows (..., d / 2) with their pair (..., 1, 2)."""
-    scale, shift = scale_shift.double().squeeze(-2).split(1, -1)
-    return torch.stack((stored & 15, stored >> 4), -1).flatten(-2) * scale + shift
 
 
 CACHES: dict[str, tuple[Callable[[Tensor, Tensor], Cache], float, float]] = {

@@ -30,6 +30,7 @@ from onepass.ops.attention.triton.tile import (
     LOG2_E,
     kept,
     load_tile,
+    part_of,
     seen_range,
     sequence_of,
     visible,
@@ -407,8 +408,7 @@ def _queries_bwd_kernel(
     whole_end = whole_blocks(end, inner_end, seqlen_k, EVEN, BLOCK_N)
     for part in tl.static_range(0 if LEFT else 1, 3 if EVEN else 4):
         if part != 2 or LEFT or RIGHT:
-            first = start if part == 0 else inner_start if part == 1 else inner_end if part == 2 else whole_end
-            last = inner_start if part == 0 else inner_end if part == 1 else whole_end if part == 2 else end
+            first, last = part_of(part, start, inner_start, inner_end, whole_end, end)
             dq = _walk_keys(
                 dq, q, do, lse2, delta, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
                 key_mask_ptrs, rng_ptr,

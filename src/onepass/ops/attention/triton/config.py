@@ -72,9 +72,9 @@ def _machine(tensor: Tensor) -> str:
     return "hopper" if arch.startswith("sm_") and 90 <= int(arch[3:]) < 120 else "ampere"
 
 
-def _width(q: Tensor, v: Tensor) -> int:
+def _width(q: Tensor, head_dim_v: int) -> int:
     """The class of head dimensions: 64, 128 or 256 at most."""
-    size = max(q.shape[3], v.shape[3])
+    size = max(q.shape[3], head_dim_v)
     return 64 if size <= 64 else 128 if size <= 128 else 256
 
 
@@ -152,7 +152,7 @@ _DECODE: Mapping[_Key, DecodeConfig] = {
 
 
 def _chosen(table: Mapping[_Key, _Config], problem: Problem) -> _Config:
-    machine, width = _machine(problem.q), _width(problem.q, problem.v)
+    machine, width = _machine(problem.q), _width(problem.q, problem.v.shape[3])
     for option, given in (("packed", problem.packed is not None), ("bias", problem.attn_bias is not None)):
         if given and (machine, width, option) in table:
             return table[machine, width, option]
@@ -161,31 +161,30 @@ def _chosen(table: Mapping[_Key, _Config], problem: Problem) -> _Config:
 
 def forward_config(problem: Problem) -> ForwardConfig:
     if problem.q.dtype is torch.float32:
-        return _FORWARD_FP32[_width(problem.q, problem.v)]
+        return _FORWARD_FP32[_width(problem.q, problem.v.shape[3])]
     return _chosen(_FORWARD, problem)
 
 
 def backward_keys_config(problem: Problem) -> BackwardConfig:
     if problem.q.dtype is torch.float32:
-        return _BACKWARD_FP32[_width(problem.q, problem.v)]
+        return _BACKWARD_FP32[_width(problem.q, problem.v.shape[3])]
     return _chosen(_BACKWARD_KEYS, problem)
 
 
 def backward_queries_config(problem: Problem) -> BackwardConfig:
     if problem.q.dtype is torch.float32:
-        return _BACKWARD_FP32[_width(problem.q, problem.v)]
+        return _BACKWARD_FP32[_width(problem.q, problem.v.shape[3])]
     return _chosen(_BACKWARD_QUERIES, problem)
 
 
 def backward_bias_config(problem: Problem) -> BackwardConfig:
-    width = _width(problem.q, problem.v)
+    width = _width(problem.q, problem.v.shape[3])
     return _BACKWARD_FP32[width] if problem.q.dtype is torch.float32 else _BACKWARD_BIAS[width]
 
 
 def decode_config(q: Tensor, head_dim_v: int, *, paged: bool, bytes_stored: int, groups: int = 0) -> DecodeConfig:
     """`bytes_stored`: of a number of V. `groups`: of features that an int4 cache scales apart; 0 for other caches."""
-    size = max(q.shape[3], head_dim_v)
-    width = 64 if size <= 64 else 128 if size <= 128 else 256
+    width = _width(q, head_dim_v)
     if q.dtype is torch.float32:
         return DecodeConfig(16 if width == 256 else 32, 4, 1, most_rows=16)
     machine = _machine(q)

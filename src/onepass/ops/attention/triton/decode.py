@@ -19,13 +19,15 @@ from onepass.core.triton_backend import Launcher, multiprocessors
 from onepass.ops.attention.spec import check_cache_contents
 from onepass.ops.attention.triton import decode_int4
 from onepass.ops.attention.triton.config import DecodeConfig, decode_config
-from onepass.ops.attention.triton.problem import FAR, block_of
+from onepass.ops.attention.triton.problem import FAR, as_words, block_of
 from onepass.ops.attention.triton.tile import (
     LN_2,
     LOG2_E,
     adjusted_scores,
     load_tile,
     page_entries,
+    part_of,
+    placed,
     seen_range,
     softmax_step,
     split_range,
@@ -99,8 +101,7 @@ def _attend(
         key = first + lane
         there = key < length
         if PAGED:
-            exists = (next_page >= 0) & (next_page < pages)
-            page, place = next_page.to(tl.int64), (key % page_size).to(tl.int64)
+            page, place, exists = placed(next_page, key, page_size, pages)
             next_page = page_entries(page_table_ptrs, key + BLOCK_N, length, page_size)
             read = there & exists
             k = tl.load(
@@ -225,8 +226,7 @@ def _decode_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     # Before the inner blocks (only a window has such), those, and after them.
     for part in tl.static_range(0 if LEFT else 1, 3):
-        first = start if part == 0 else inner_start if part == 1 else inner_end
-        last = inner_start if part == 0 else inner_end if part == 1 else end
+        first, last = part_of(part, start, inner_start, inner_end, end, end)
         accs, largest, total = _attend(
             q, accs, largest, total, k_ptrs, v_ptrs, page_table_ptrs,
             first, last, length, stride_kb, stride_ks, stride_vb, stride_vs, page_size, pages, row,
@@ -454,17 +454,12 @@ def _by_words(v_cache: Tensor) -> tuple[Tensor, dict[str, Any]]:
 
     Matrix instructions take V transposed, which the hardware does for 16-bit numbers; bytes are read one by one.
     """
-    *strides, last = v_cache.stride()
-    features = v_cache.shape[3]
     dtype = None
-    if (
-        v_cache.itemsize == 1
-        and last == 1
-        and not any(number % 2 for number in (features, v_cache.storage_offset(), v_cache.data_ptr(), *strides))
-    ):
-        dtype = _WORD_HALVES[v_cache.dtype]
-        v_cache, features = v_cache.view(torch.int16), features // 2
-    return v_cache, {"COLS_V": features, "BLOCK_V": block_of(features), "V_DTYPE": dtype}
+    words = as_words(v_cache) if v_cache.itemsize == 1 else None
+    if words is not None:
+        dtype, v_cache = _WORD_HALVES[v_cache.dtype], words
+    columns = v_cache.shape[3]
+    return v_cache, {"COLS_V": columns, "BLOCK_V": block_of(columns), "V_DTYPE": dtype}
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

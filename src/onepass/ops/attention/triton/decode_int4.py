@@ -22,12 +22,14 @@ from torch import Tensor
 
 from onepass.core import device
 from onepass.core.triton_backend import Launcher
-from onepass.ops.attention.triton.problem import block_of
+from onepass.ops.attention.triton.problem import as_words, block_of
 from onepass.ops.attention.triton.tile import (
     LOG2_E,
     adjusted_scores,
     load_tile,
     page_entries,
+    part_of,
+    placed,
     softmax_step,
     split_range,
     visible,
@@ -121,8 +123,7 @@ def _attend(
         read = there
         page, place = tl.zeros((BLOCK_N,), tl.int64), key.to(tl.int64)
         if PAGED:
-            exists = (next_page >= 0) & (next_page < pages)
-            page, place = next_page.to(tl.int64), (key % page_size).to(tl.int64)
+            page, place, exists = placed(next_page, key, page_size, pages)
             next_page = page_entries(page_table_ptrs, key + BLOCK_N, length, page_size)
             read = there & exists
         at_k = page * stride_kb + place * stride_ks
@@ -262,8 +263,7 @@ def _decode_int4_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     # Before the inner blocks (only a window has such), those, and after them.
     for part in tl.static_range(0 if LEFT else 1, 3):
-        first = start if part == 0 else inner_start if part == 1 else inner_end
-        last = inner_start if part == 0 else inner_end if part == 1 else end
+        first, last = part_of(part, start, inner_start, inner_end, end, end)
         accs, flat, largest, total = _attend(
             q_parts, q_sum, accs, flat, largest, total, k_base, v_base, k_pairs, v_pairs, page_table_ptrs,
             first, last, length, stride_kb, stride_ks, stride_kd, stride_vb, stride_vs, stride_vd,
@@ -325,11 +325,8 @@ def _words(pairs: Tensor) -> Tensor:
 
 def _four_at_once(cache: Tensor, groups: int) -> tuple[Tensor, int]:
     """A cache by 16-bit words of 4 features where it lies so, else by its bytes of 2; and that number."""
-    *strides, last = cache.stride()
-    numbers = (cache.shape[3] // groups, cache.storage_offset(), cache.data_ptr(), *strides)
-    if last != 1 or any(number % 2 for number in numbers):
-        return cache, 2
-    return cache.view(torch.int16), 4
+    words = as_words(cache, groups)
+    return (cache, 2) if words is None else (words, 4)
 
 
 def _constants(k_cache: Tensor, v_cache: Tensor, k_pairs: Tensor, v_pairs: Tensor) -> dict[str, int]:

@@ -23,8 +23,10 @@ from onepass.ops.attention.triton.tile import (
     adjusted_scores,
     kept,
     load_tile,
+    page_entries,
     paged_tile,
-    pages_of,
+    part_of,
+    placed,
     seen_range,
     sequence_of,
     softmax_step,
@@ -55,7 +57,8 @@ def _attend(
         ahead = tl.cast(first, tl.int64)
         if PAGED:
             stored = col < seqlen_k
-            page, place, exists = pages_of(page_table_ptrs, col, stored, page_size, pages)
+            entry = page_entries(page_table_ptrs, col, seqlen_k, page_size)
+            page, place, exists = placed(entry, col, page_size, pages)
             k = paged_tile(
                 k_base, page, place, stored & exists, stride_kp, stride_ks, stride_kd, HEAD_DIM, BLOCK_N, BLOCK_D
             )
@@ -192,8 +195,7 @@ def _tile(
     whole_end = whole_blocks(end, inner_end, seqlen_k, EVEN, BLOCK_N)
     for part in tl.static_range(0 if LEFT else 1, 3 if EVEN else 4):
         if part != 2 or LEFT or RIGHT:
-            first = start if part == 0 else inner_start if part == 1 else inner_end if part == 2 else whole_end
-            last = inner_start if part == 0 else inner_end if part == 1 else whole_end if part == 2 else end
+            first, last = part_of(part, start, inner_start, inner_end, whole_end, end)
             acc, largest, total = _attend(
                 q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
                 key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,

@@ -220,6 +220,13 @@ def _broadcast_strides(bias: Tensor) -> list[int]:
     return [0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)]
 
 
+def as_words(cache: Tensor, groups: int = 1) -> Tensor | None:
+    """A cache of bytes as 16-bit words of the same group of features, or None where it does not lie so."""
+    *strides, last = cache.stride()
+    numbers = (cache.shape[3] // groups, cache.storage_offset(), cache.data_ptr(), *strides)
+    return None if last != 1 or any(number % 2 for number in numbers) else cache.view(torch.int16)
+
+
 Held = tuple[Tensor, Tensor, Tensor]  # do, lse in log2 units, delta
 
 

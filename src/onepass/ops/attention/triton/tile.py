@@ -53,10 +53,9 @@ def page_entries(page_table_ptrs, key, end, page_size):
 
 
 @triton.jit
-def pages_of(page_table_ptrs, key, there, page_size, pages):
-    """The page of each key and its place there; which pages exist. Entries past the stored keys are not looked at."""
-    page = tl.load(page_table_ptrs + key // page_size, mask=there, other=0)
-    return page.to(tl.int64), (key % page_size).to(tl.int64), (page >= 0) & (page < pages)
+def placed(entry, key, page_size, pages):
+    """The page that each key's entry names and the key's place there; which pages exist."""
+    return entry.to(tl.int64), (key % page_size).to(tl.int64), (entry >= 0) & (entry < pages)
 
 
 @triton.jit
@@ -146,6 +145,14 @@ def split_range(
     inner_start = tl.minimum(tl.maximum(inner_start, start), end)
     inner_end = tl.maximum(tl.minimum(inner_end, start + share), inner_start)
     return start, inner_start, inner_end, end
+
+
+@triton.jit
+def part_of(part: tl.constexpr, start, inner_start, inner_end, whole_end, end):
+    """Where a walk's parts begin and end: 0 before the inner blocks, 1 those, 2 after them, 3 the block that is cut."""
+    first = start if part == 0 else inner_start if part == 1 else inner_end if part == 2 else whole_end
+    last = inner_start if part == 0 else inner_end if part == 1 else whole_end if part == 2 else end
+    return first, last
 
 
 @triton.jit
