@@ -441,6 +441,9 @@ CASES: list[AttentionCase | VarlenCase | DecodeCase | MergeCase] = [
     DecodeCase("decode, pages", page_size=8, lengths=(40, 7, 0)),
     DecodeCase("decode, pages of 1", page_size=1, lengths=(40, 7), seqlen_q=3, alibi=True),
     DecodeCase("decode, pages of 48", page_size=48, lengths=(40, 200), capacity=240, num_splits=3, nheads_q=8),
+    DecodeCase(
+        "decode, pages of 256", page_size=256, lengths=(700, 256, 3), capacity=768, window_size=(300, -1), seqlen_q=2
+    ),
     DecodeCase("decode, int8, pages", cache_dtype=torch.int8, page_size=8, head_dim=40, lengths=(48, 0, 9)),
     DecodeCase("decode, float8_e4m3fnuz", cache_dtype=torch.float8_e4m3fnuz, heads_first=True, sink=True),
     DecodeCase("decode, float8_e5m2fnuz", cache_dtype=torch.float8_e5m2fnuz, head_dim=72, softcap=2.0),
@@ -452,6 +455,9 @@ CASES: list[AttentionCase | VarlenCase | DecodeCase | MergeCase] = [
     DecodeCase("decode, int4, long", groups=(1, 1), lengths=(700, 1024), capacity=1024, head_dim=128, nheads_q=8),
     DecodeCase(
         "decode, int4, pages", groups=(1, 2), head_dim=40, page_size=4, window_size=(20, -1), lengths=(40, 7, 0)
+    ),
+    DecodeCase(
+        "decode, int4, pages of 256", groups=(2, 1), page_size=256, lengths=(700, 0), capacity=768, num_splits=3
     ),
     DecodeCase("decode, int4, 2 splits", groups=(1, 1), num_splits=2, softcap=3.0, alibi=True, heads_first=True),
     MergeCase("merge"),

@@ -95,34 +95,28 @@ def _attend(
     lane = tl.arange(0, BLOCK_N)
     if PAGE_SIZE:
         page_size = PAGE_SIZE
+    # A block's keys lie one after the other without pages, and where its size divides theirs: it begins at a multiple.
+    IN_ONE: tl.constexpr = not PAGED or (PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0)
+    if IN_ONE:
+        k_ptrs += lane[None, :].to(tl.int64) * stride_ks
+        v_ptrs += lane[:, None].to(tl.int64) * stride_vs
     if PAGED:  # the pages of the next block are found while this one is worked on
-        next_page = page_entries(page_table_ptrs, start + lane, length, page_size)
+        next_page = page_entries(page_table_ptrs, start if IN_ONE else start + lane, length, page_size)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         key = first + lane
-        there = key < length
+        there = key < length if EDGE else tl.full((BLOCK_N,), 1, tl.int1)
+        read = there
+        at = first if IN_ONE else key
+        at_k, at_v = tl.cast(at, tl.int64) * stride_ks, tl.cast(at, tl.int64) * stride_vs
         if PAGED:
-            page, place, exists = placed(next_page, key, page_size, pages)
-            next_page = page_entries(page_table_ptrs, key + BLOCK_N, length, page_size)
+            page, place, exists = placed(next_page, at, page_size, pages)
+            next_page = page_entries(page_table_ptrs, at + BLOCK_N, length, page_size)
+            at_k, at_v = page * stride_kb + place * stride_ks, page * stride_vb + place * stride_vs
             read = there & exists
-            k = tl.load(
-                k_ptrs + (page * stride_kb + place * stride_ks)[None, :],
-                mask=read[None, :] & (feature[:, None] < HEAD_DIM),
-                other=0.0,
-            )
-            v = tl.load(
-                v_ptrs + (page * stride_vb + place * stride_vs)[:, None],
-                mask=read[:, None] & (col_v[None, :] < COLS_V),
-                other=0.0,
-            )
-        else:
-            k = load_tile(
-                k_ptrs + key.to(tl.int64)[None, :] * stride_ks, there[None, :], feature[:, None] < HEAD_DIM, EDGE,
-                HEAD_DIM != BLOCK_D,
-            )  # fmt: skip
-            v = load_tile(
-                v_ptrs + key.to(tl.int64)[:, None] * stride_vs, there[:, None], col_v[None, :] < COLS_V, EDGE,
-                COLS_V != BLOCK_V,
-            )  # fmt: skip
+        if not IN_ONE:
+            at_k, at_v = at_k[None, :], at_v[:, None]
+        k = load_tile(k_ptrs + at_k, read[None, :], feature[:, None] < HEAD_DIM, EDGE or PAGED, HEAD_DIM != BLOCK_D)
+        v = load_tile(v_ptrs + at_v, read[:, None], col_v[None, :] < COLS_V, EDGE or PAGED, COLS_V != BLOCK_V)
         s = tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
         s, _ = adjusted_scores(
             s, row[:, None], key[None, :], first, shift, scale, softcap, slope, 0.0, SOFTCAP, ALIBI, False
