@@ -5,7 +5,7 @@
 
 enum OnepassDtype : int64_t { ONEPASS_F32 = 0, ONEPASS_BF16 = 1, ONEPASS_F16 = 2 };
 
-// How a cache's elements are stored: in q's dtype, or in one byte.
+// How a cache's elements are stored: in q's dtype, in one byte, or two in a byte, the first in its low nibble.
 enum OnepassCacheFormat : int64_t {
   ONEPASS_PLAIN = 0,
   ONEPASS_INT8 = 1,
@@ -86,6 +86,16 @@ struct AttentionBwdArgs {
   PackedSequences packed;
 };
 
+struct CacheFormat {
+  int64_t code;  // of OnepassCacheFormat
+  // What elements of a byte are multiplied by, (batch, nheads_kv) with any strides; or null: 1.
+  const float* descale;
+  int64_t descale_stride_b, descale_stride_h;
+  // Of ONEPASS_INT4: pairs of fp16 (scale, shift) for each of `groups` of a row's features, the strides of groups last.
+  Tensor4 pairs;
+  int64_t groups;
+};
+
 struct AttentionDecodeArgs {
   AttentionProblem problem;  // seqlen_k is the caches' capacity; the shift follows from cache_seqlens
   Tensor4 q, k, v, out;
@@ -93,12 +103,7 @@ struct AttentionDecodeArgs {
   const int32_t* cache_seqlens;  // (batch,), or null: the caches are full
   int64_t num_splits;            // parts the keys are cut into; 0 = chosen from heads, keys and threads
   PageTable pages;
-  // The caches' formats, and what their elements are multiplied by, (batch, nheads_kv) with any strides; or null: 1.
-  int64_t k_format, v_format;
-  const float* k_descale;
-  int64_t k_descale_stride_b, k_descale_stride_h;
-  const float* v_descale;
-  int64_t v_descale_stride_b, v_descale_stride_h;
+  CacheFormat k_format, v_format;
 };
 
 struct MergeArgs {

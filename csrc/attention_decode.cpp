@@ -6,8 +6,9 @@
 //
 // Here features lie in the vector lanes: there are too few queries to fill them.
 //
-// SPECIAL calls are compiled apart: softcap, ALiBi, caches in pages, caches of one byte an element. Rows that cannot be read in
-// place (of one byte, or of pages shorter than a strip) are copied, a strip at a time, as numbers of the queries' type.
+// SPECIAL calls are compiled apart: softcap, ALiBi, caches in pages, quantized caches. Rows that cannot be read in place
+// (quantized, or of pages shorter than a strip) are copied, a strip at a time, as numbers of the queries' type, or of fp32 where
+// that would round them (int4).
 #include <type_traits>
 
 #include "attention_scores.h"
@@ -29,9 +30,10 @@ struct Ahead {
   void fetch(int64_t key, int64_t feature) const { __builtin_prefetch(rows + key * stride + feature, 0, 2); }
 };
 
-// How features are multiplied: elements of T widened to fp32, or pairs of bf16 as they are.
+// How features are multiplied: elements of a row widened to fp32, or pairs of bf16 as they are.
 template <class T>
 struct Widened {
+  typedef T Row;
   typedef float Query;
   static constexpr int STEP = 1;
   ONEPASS_INLINE vf key(const T* row) { return load(row); }
@@ -39,6 +41,7 @@ struct Widened {
 };
 #if ONEPASS_BF16_DOT
 struct Paired {
+  typedef bf16 Row;
   typedef bf16 Query;
   static constexpr int STEP = 2;
   ONEPASS_INLINE __m512bh key(const bf16* row) { return (__m512bh)load_words(row); }
@@ -173,7 +176,15 @@ ONEPASS_INLINE void add_values(Paired, float* O, int64_t ld, const bf16* v, int6
 template <class Features, class T, bool SPECIAL>
 struct Decode {
   typedef typename Features::Query Query;
+  typedef typename Features::Row Row;  // T, of caches that are read in place; or what int4 becomes
   static constexpr int64_t FEATURES = VW * Features::STEP;  // in a vector
+
+  struct Cache {
+    const Tensor4& x;
+    const CacheFormat& format;
+    int64_t features, depth;  // head_dim, and that in whole vectors
+    bool in_place;            // rows can be read where they are
+  };
 
   const AttentionDecodeArgs& a;
   const AttentionProblem& p;
@@ -182,22 +193,24 @@ struct Decode {
   int64_t longest;          // keys of the longest sequence
   int64_t splits, groups;   // of the keys, and of the KV heads
   int64_t strip;            // keys that all heads go through before the next of them
-  bool k_in_place, v_in_place;
+  Cache k, v;
   // Parts: (batch, nheads_kv, splits, rows), each an output of depth_v, m and l.
   float *part_out, *part_m, *part_l;
 
   struct Scratch {
     Query *q, *P;
     float *S, *rescale;
-    T *K, *V;
+    Row *K, *V;
   };
 
-  explicit Decode(const AttentionDecodeArgs& args) : a(args), p(args.problem) {
-    depth = round_up(p.head_dim, FEATURES);
-    depth_v = round_up(p.head_dim_v, FEATURES);
+  explicit Decode(const AttentionDecodeArgs& args)
+      : a(args),
+        p(args.problem),
+        depth(round_up(p.head_dim, FEATURES)),
+        depth_v(round_up(p.head_dim_v, FEATURES)),
+        k{a.k, a.k_format, p.head_dim, depth, a.k.stride_d == 1 && depth == p.head_dim && !p.key_mask},
+        v{a.v, a.v_format, p.head_dim_v, depth_v, a.v.stride_d == 1 && depth_v == p.head_dim_v && !p.key_mask} {
     rows = p.seqlen_q * (p.nheads_q / p.nheads_kv);
-    k_in_place = a.k.stride_d == 1 && depth == p.head_dim && !p.key_mask;
-    v_in_place = a.v.stride_d == 1 && depth_v == p.head_dim_v && !p.key_mask;
     longest = p.seqlen_k;
     if (a.cache_seqlens) {
       longest = 0;
@@ -225,9 +238,9 @@ struct Decode {
     t.P = w.take<Query>(p.nheads_kv * rows * CHUNK);
     t.S = w.take<float>(p.nheads_kv * rows * CHUNK);
     t.rescale = w.take<float>(p.nheads_kv * rows);
-    const bool copies = SPECIAL && (a.pages.table || a.k_format || a.v_format);
-    t.K = k_in_place && !copies ? nullptr : w.take<T>(strip * depth);
-    t.V = v_in_place && !copies ? nullptr : w.take<T>(strip * depth_v);
+    const bool copies = SPECIAL && (a.pages.table || k.format.code || v.format.code);
+    t.K = k.in_place && !copies ? nullptr : w.take<Row>(strip * depth);
+    t.V = v.in_place && !copies ? nullptr : w.take<Row>(strip * depth_v);
     return t;
   }
 
@@ -250,14 +263,14 @@ struct Decode {
   }
 
   // Padded to whole vectors of features; hidden rows become zeros, so that NaN in them cannot come back as 0 * NaN.
-  static void copy_rows(T* dst, int64_t ld, const T* src, const Tensor4& layout, int64_t keys, int64_t features, KeyMask mask) {
+  static void copy_rows(Row* dst, int64_t ld, const Row* src, const Tensor4& layout, int64_t keys, int64_t features, KeyMask mask) {
     for (int64_t j = 0; j < keys; j++) {
       const bool seen = mask.sees(j);
       if (seen && features == ld && layout.stride_d == 1) {
-        memcpy(dst + j * ld, src + j * layout.stride_s, sizeof(T) * (size_t)ld);
+        memcpy(dst + j * ld, src + j * layout.stride_s, sizeof(Row) * (size_t)ld);
         continue;
       }
-      for (int64_t d = 0; d < ld; d++) dst[j * ld + d] = seen && d < features ? src[j * layout.stride_s + d * layout.stride_d] : T{};
+      for (int64_t d = 0; d < ld; d++) dst[j * ld + d] = seen && d < features ? src[j * layout.stride_s + d * layout.stride_d] : Row{};
     }
   }
 
@@ -293,48 +306,60 @@ struct Decode {
 
   // Where the rows of a strip's keys begin for one head, copied unless they can be read in place.
   struct Rows {
-    const T* data;
+    const Row* data;
     int64_t stride;
   };
-  Rows rows_of(const Tensor4& x, bool in_place, int64_t format, T* copy, int64_t ld, int64_t features, int64_t b, int64_t h_kv,
-               int64_t j0, int64_t keys) const {
-    if (SPECIAL && (a.pages.table || format)) return special_rows(x, in_place, format, copy, ld, features, b, h_kv, j0, keys);
-    const T* data = (const T*)x.data + b * x.stride_b + h_kv * x.stride_h + j0 * x.stride_s;
-    if (in_place) return {data, x.stride_s};
-    copy_rows(copy, ld, data, x, keys, features, key_mask_of(p, b).from(j0));
-    return {copy, ld};
+  Rows rows_of(const Cache& cache, Row* copy, int64_t b, int64_t h_kv, int64_t j0, int64_t keys) const {
+    if (SPECIAL && (a.pages.table || cache.format.code)) return special_rows(cache, copy, b, h_kv, j0, keys);
+    const Tensor4& x = cache.x;
+    const Row* data = (const Row*)x.data + b * x.stride_b + h_kv * x.stride_h + j0 * x.stride_s;
+    if (cache.in_place) return {data, x.stride_s};
+    copy_rows(copy, cache.depth, data, x, keys, cache.features, key_mask_of(p, b).from(j0));
+    return {copy, cache.depth};
   }
 
-  // The same in pages or of one byte an element.
-  Rows special_rows(const Tensor4& x, bool in_place, int64_t format, T* copy, int64_t ld, int64_t features, int64_t b, int64_t h_kv,
-                    int64_t j0, int64_t keys) const {
+  // The same in pages or quantized.
+  Rows special_rows(const Cache& cache, Row* copy, int64_t b, int64_t h_kv, int64_t j0, int64_t keys) const {
+    const Tensor4& x = cache.x;
     for (int64_t j = 0; j < keys;) {
-      PagePlace place = {b * x.stride_b + (j0 + j) * x.stride_s, keys - j};
-      if (a.pages.table) place = page_place(a.pages, x, b, j0 + j);
+      const PagePlace place = place_of(x, b, j0 + j, keys - j);
       const int64_t offset = place.offset + h_kv * x.stride_h, count = min_of(place.keys, keys - j);
-      if (format) {
-        const uint8_t* bytes = (const uint8_t*)x.data + offset;
+      Row* rows = copy + j * cache.depth;
+      if (cache.format.code == ONEPASS_PLAIN) {
+        if (cache.in_place && count == keys) return {(const Row*)x.data + offset, x.stride_s};
+        copy_rows(rows, cache.depth, (const Row*)x.data + offset, x, count, cache.features, KeyMask{});
+      } else if (cache.format.code == ONEPASS_INT4) {
+        const Tensor4& of = cache.format.pairs;
+        const f16* pairs = (const f16*)of.data + place_of(of, b, j0 + j, keys - j).offset + h_kv * of.stride_h;
         for (int64_t r = 0; r < count; r++)
-          dequantize(copy + (j + r) * ld, ld, bytes + r * x.stride_s, x.stride_d, features, format);
+          dequantize_int4(rows + r * cache.depth, cache.depth, (const uint8_t*)x.data + offset + r * x.stride_s, x.stride_d,
+                          cache.features, pairs + r * of.stride_s, of.stride_d, cache.format.groups);
       } else {
-        if (in_place && count == keys) return {(const T*)x.data + offset, x.stride_s};
-        copy_rows(copy + j * ld, ld, (const T*)x.data + offset, x, count, features, KeyMask{});
+        for (int64_t r = 0; r < count; r++)
+          dequantize(rows + r * cache.depth, cache.depth, (const uint8_t*)x.data + offset + r * x.stride_s, x.stride_d,
+                     cache.features, cache.format.code);
       }
       j += count;
     }
-    return {copy, ld};
+    return {copy, cache.depth};
+  }
+
+  // Where key j of a sequence begins in x, and how many of the next `keys` follow it in even steps.
+  PagePlace place_of(const Tensor4& x, int64_t b, int64_t j, int64_t keys) const {
+    return a.pages.table ? page_place(a.pages, x, b, j) : PagePlace{b * x.stride_b + j * x.stride_s, keys};
   }
 
   // What one head's share of a strip fetches of the strip after the next; of itself near the end. In a (batch, seqlen,
   // nheads, head_dim) cache the strip of all heads is one stretch of memory, and each head's share a stretch of that.
-  Ahead<T> strip_after_next(const Tensor4& x, int64_t format, Rows rows, int64_t features, int64_t b, int64_t h_kv, int64_t j0) const {
-    const int64_t next = j0 + 2 * strip < p.seqlen_k ? j0 + 2 * strip : j0;
-    if (SPECIAL && format) return {rows.data, rows.stride};
+  Ahead<Row> strip_after_next(const Cache& cache, Rows rows, int64_t b, int64_t h_kv, int64_t j0) const {
+    const Tensor4& x = cache.x;
+    const int64_t next = j0 + 2 * strip < p.seqlen_k ? j0 + 2 * strip : j0, features = cache.features;
+    if (SPECIAL && cache.format.code) return {rows.data, rows.stride};
     if (SPECIAL && a.pages.table) {
       const PagePlace place = page_place(a.pages, x, b, next < a.cache_seqlens[b] ? next : j0);
-      return {(const T*)x.data + place.offset + h_kv * x.stride_h, x.stride_s};
+      return {(const Row*)x.data + place.offset + h_kv * x.stride_h, x.stride_s};
     }
-    const T* data = (const T*)x.data + b * x.stride_b + next * x.stride_s;
+    const Row* data = (const Row*)x.data + b * x.stride_b + next * x.stride_s;
     const bool together = groups == 1 && x.stride_h == features && x.stride_s == p.nheads_kv * features;
     if (together) return {data + h_kv * strip * features, features};
     return {data + h_kv * x.stride_h, x.stride_s};
@@ -352,22 +377,22 @@ struct Decode {
 
   // Scores of one head's rows with the keys j0 to j0 + keys, which are the keys `at` and after of the chunk.
   void score_strip(Scratch& t, int64_t b, int64_t h_kv, int64_t j0, int64_t at, int64_t keys) const {
-    const Rows k = rows_of(a.k, k_in_place, a.k_format, t.K, depth, p.head_dim, b, h_kv, j0, keys);
-    const Ahead<T> ahead = strip_after_next(a.k, a.k_format, k, p.head_dim, b, h_kv, j0);
+    const Rows key = rows_of(k, t.K, b, h_kv, j0, keys);
+    const Ahead<Row> ahead = strip_after_next(k, key, b, h_kv, j0);
     for_rows([&](auto R, int64_t r) __attribute__((always_inline)) {
       const int64_t row = h_kv * rows + r;
-      score_keys<Features, R>(t.S + row * CHUNK + at, k.data, k.stride, keys, t.q + row * depth, depth, ahead);
+      score_keys<Features, R>(t.S + row * CHUNK + at, key.data, key.stride, keys, t.q + row * depth, depth, ahead);
     });
   }
 
-  static float descale(const float* scales, int64_t stride_b, int64_t stride_h, int64_t b, int64_t h_kv) {
-    return scales ? scales[b * stride_b + h_kv * stride_h] : 1.f;
+  static float descale(const CacheFormat& f, int64_t b, int64_t h_kv) {
+    return f.descale ? f.descale[b * f.descale_stride_b + h_kv * f.descale_stride_h] : 1.f;
   }
 
   // Products to scores: what HeadOptions (attention_scores.h) does to a tile, for one query. behind: how far key 0 is behind it.
   void modify_row(float* S, const AttentionProblem& s, int64_t b, int64_t h, int64_t h_kv, int64_t behind, int64_t keys) const {
     const ScoreOptions& o = s.options;
-    const float scale = (float)s.softmax_scale * descale(a.k_descale, a.k_descale_stride_b, a.k_descale_stride_h, b, h_kv);
+    const float scale = (float)s.softmax_scale * descale(a.k_format, b, h_kv);
     const float softcap = (float)o.softcap, slope = o.alibi_slopes ? o.alibi_slopes[b * o.alibi_stride_b + h * o.alibi_stride_h] : 0.f;
     for (int64_t j = 0; j < keys; j += VW) {
       vf score = load(S + j) * broadcast(scale);
@@ -393,15 +418,15 @@ struct Decode {
 
   void add_strip(Scratch& t, int64_t b, int64_t h_kv, int64_t part, int64_t j0, int64_t at, int64_t keys) const {
     static constexpr float unchanged[4] = {1.f, 1.f, 1.f, 1.f};
-    const Rows v = rows_of(a.v, v_in_place, a.v_format, t.V, depth_v, p.head_dim_v, b, h_kv, j0, keys);
-    const Ahead<T> ahead = strip_after_next(a.v, a.v_format, v, p.head_dim_v, b, h_kv, j0);
+    const Rows value = rows_of(v, t.V, b, h_kv, j0, keys);
+    const Ahead<Row> ahead = strip_after_next(v, value, b, h_kv, j0);
     for_rows([&](auto R, int64_t r) __attribute__((always_inline)) {
       const int64_t row = h_kv * rows + r;
       const Query* P = t.P + row * CHUNK + at;
       const float* rescale = at == 0 ? t.rescale + row : unchanged;
       float* O = part_out + (part + r) * depth_v;
       const auto add = [&](auto N, int64_t d) __attribute__((always_inline)) {
-        add_values<R, N>(Features{}, O + d, depth_v, v.data + d, v.stride, keys, P, rescale, ahead.from(d));
+        add_values<R, N>(Features{}, O + d, depth_v, value.data + d, value.stride, keys, P, rescale, ahead.from(d));
       };
       int64_t d = 0;
       for (; d + 4 * VW <= depth_v; d += 4 * VW) add(std::integral_constant<int, 4>{}, d);
@@ -455,7 +480,7 @@ struct Decode {
         store(sum + d, (s ? load(sum + d) : (vf){}) + (weight == 0.f ? (vf){} : load(out + d) * broadcast(weight)));
     }
     const Normalizer normal = normalizer(m, l, sink_of(p.options, h));
-    const float v_scale = SPECIAL ? descale(a.v_descale, a.v_descale_stride_b, a.v_descale_stride_h, b, h_kv) : 1.f;
+    const float v_scale = SPECIAL ? descale(a.v_format, b, h_kv) : 1.f;
     const float inverse = normal.inverse * v_scale;
     T* dst = (T*)a.out.data + b * a.out.stride_b + i * a.out.stride_s + h * a.out.stride_h;
     for (int64_t d = 0; d < p.head_dim_v; d++) from_float(sum[d] * inverse, dst + d);
@@ -509,7 +534,9 @@ int decode(const AttentionDecodeArgs& a) {
     if (a.cache_seqlens[b] < 0 || a.cache_seqlens[b] > p.seqlen_k) return ONEPASS_BAD_INDEX;
     if (a.pages.table && !pages_exist(a.pages, b, a.cache_seqlens[b])) return ONEPASS_BAD_INDEX;
   }
-  const bool special = changes_tiles(p.options) || a.pages.table || a.k_format || a.v_format || a.k_descale || a.v_descale;
+  if (a.k_format.code == ONEPASS_INT4) return decode<Widened<float>, T, true>(a);
+  const auto plain = [](const CacheFormat& f) { return f.code == ONEPASS_PLAIN && !f.descale; };
+  const bool special = changes_tiles(p.options) || a.pages.table || !plain(a.k_format) || !plain(a.v_format);
   return special ? decode<Features, T, true>(a) : decode<Features, T, false>(a);
 }
 

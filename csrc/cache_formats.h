@@ -1,5 +1,5 @@
-// Caches whose elements are one byte: int8 and the 8-bit floats of the OCP and of AMD's first ("fnuz": no infinities, no negative
-// zero) formats. All of their numbers are numbers of bf16 and fp16, too.
+// Caches of quantized numbers. One byte each: int8 and the 8-bit floats of the OCP and of AMD's first ("fnuz": no infinities, no
+// negative zero) formats, all of whose numbers are numbers of bf16 and fp16, too. Two in a byte: int4.
 #pragma once
 #include "simd.h"
 
@@ -65,4 +65,36 @@ ONEPASS_INLINE void dequantize(T* dst, int64_t room, const uint8_t* src, int64_t
     const vf value = format == ONEPASS_INT8 ? __builtin_convertvector(bytes << 24 >> 24, vf) : widen(bytes, f);
     store_exact(dst + d, value);
   }
+}
+
+// The numbers 0 to 15 of VW / 2 bytes, low nibbles first.
+ONEPASS_INLINE vi load_nibbles(const uint8_t* p) {
+#if ONEPASS_VW == 16
+  const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)p));
+  return (vi)_mm512_and_si512(_mm512_or_si512(bytes, _mm512_slli_epi64(bytes, 28)), _mm512_set1_epi32(15));
+#elif ONEPASS_VW == 8
+  int32_t four;
+  memcpy(&four, p, sizeof(four));
+  const __m256i bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+  return (vi)_mm256_and_si256(_mm256_or_si256(bytes, _mm256_slli_epi64(bytes, 28)), _mm256_set1_epi32(15));
+#else
+  vi v;
+  for (int i = 0; i < VW; i++) v[i] = p[i / 2] >> i % 2 * 4 & 15;
+  return v;
+#endif
+}
+
+// dst[d] = nibble d * scale + shift of its group, the pairs of groups stride_g apart; zeros from `count` to `room`.
+template <class T>
+ONEPASS_INLINE void dequantize_int4(T* dst, int64_t room, const uint8_t* src, int64_t stride, int64_t count, const f16* pairs,
+                                    int64_t stride_g, int64_t groups) {
+  for (int64_t g = 0; g < groups; g++) {
+    const float scale = to_float(pairs[g * stride_g]), shift = to_float(pairs[g * stride_g + 1]);
+    const int64_t end = (g + 1) * count / groups;  // an even number, as groups are whole bytes
+    int64_t d = g * count / groups;
+    for (; stride == 1 && d + VW <= end; d += VW)
+      store(dst + d, __builtin_convertvector(load_nibbles(src + d / 2), vf) * broadcast(scale) + broadcast(shift));
+    for (; d < end; d++) from_float((float)(src[d / 2 * stride] >> d % 2 * 4 & 15) * scale + shift, dst + d);
+  }
+  for (int64_t d = count; d < room; d++) dst[d] = T{};
 }

@@ -204,6 +204,21 @@ def test_pages_of_others_do_not_reach_rows_that_see_less(fused: str, generator: 
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_int4_caches_of_any_strides(fused: str, generator: torch.Generator) -> None:
+    """Bytes and pairs that do not lie next to each other, rows that are not a whole vector."""
+    q = normal((2, 1, 4, 24), torch.float32, "cpu", generator)
+    k, v = (normal((2, 40, 2, 24), torch.float32, "cpu", generator) for _ in range(2))
+    (k_cache, k_pairs), (v_cache, v_pairs) = (onepass.quantize_kv_int4(x, groups=3) for x in (k, v))
+    expected = onepass.attention_decode(
+        q, k_cache, v_cache, k_scale_shift=k_pairs, v_scale_shift=v_pairs, backend="reference"
+    )
+    apart = torch.stack((k_cache, torch.full_like(k_cache, 255)), -1)[..., 0]
+    heads_first = v_cache.transpose(1, 2).contiguous().transpose(1, 2)
+    turned = k_pairs.transpose(3, 4).contiguous().transpose(3, 4)
+    out = onepass.attention_decode(q, apart, heads_first, k_scale_shift=turned, v_scale_shift=v_pairs, backend=fused)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("seqlen_k", [64, 65, 129])
 def test_gradients_where_every_score_is_far_below_zero(fused: str, seqlen_k: int, generator: torch.Generator) -> None:
     """exp(-lse) of a key that does not exist would be inf."""

@@ -139,6 +139,7 @@ def _launch() -> None:
         _decode(128, paged)
     _decode(64, True, torch.int8)
     _decode_int4(128, 1, torch.bfloat16, False)
+    _decode_int4(128, 1, torch.bfloat16, True)
     _decode_int4(64, 1, torch.float16, True)
     _decode_int4(128, 4, torch.bfloat16, False)
     if device.arch(torch.empty(0)) in ("sm_90", "gfx950"):
@@ -160,16 +161,12 @@ _PRODUCTS = {
 
 def _fault(launch: aot.Launch, target: str, kernel: aot.Compiled) -> str:
     """Products of 16-bit numbers take matrix instructions; what is launched by default does not spill."""
-    if launch.name in _PRODUCTS and "HEAD_DIM" in launch.constants and "PRECISION" in launch.constants:
+    if launch.name in _PRODUCTS:
         floats = launch.arguments[0].dtype is torch.float32
-        wanted = (
-            "wgmma" if target == "sm_90" and launch.name != "_decode_kernel" else r"wgmma|mma\.sync|tcgen05\.mma|v_mfma"
-        )
-        if (
-            not floats
-            and launch.constants["BLOCK_M"] >= 64
-            and len(re.findall(wanted, kernel.text)) < _PRODUCTS[launch.name]
-        ):
+        decodes = launch.name.startswith("_decode")
+        wanted = "wgmma" if target == "sm_90" and not decodes else r"wgmma|mma\.sync|tcgen05\.mma|v_mfma"
+        tiled = decodes or launch.constants["BLOCK_M"] >= 64
+        if not floats and tiled and len(re.findall(wanted, kernel.text)) < _PRODUCTS[launch.name]:
             return f"no matrix instructions {wanted}"
         usual = not launch.constants.get("DROPOUT", False)
         if target in ("sm_80", "sm_90") and usual and not floats and kernel.local > _spills(launch):
@@ -182,8 +179,9 @@ def _spills(launch: aot.Launch) -> int:
 
     There tiles that spill a little, almost all of it outside the loops, are a third faster than the largest without.
     """
-    tight = launch.constants["BLOCK_D"] > 128 or launch.constants.get("VARLEN", False)
-    return 96 if launch.name == "_keys_bwd_kernel" and tight else 0
+    if launch.name != "_keys_bwd_kernel":
+        return 0
+    return 96 if launch.constants["BLOCK_D"] > 128 or launch.constants["VARLEN"] else 0
 
 
 def test_compiles_for_every_target() -> None:

@@ -16,7 +16,7 @@ _NO_MASK = (0, 0, 0)
 _NO_OPTIONS = (0.0, 0.0, *[0] * 14)
 _NOT_PACKED = (0,) * 6
 _NO_PAGES = (0,) * 6
-_NOT_QUANTIZED = (0,) * 8
+_PLAIN_CACHES = (0,) * 20
 _FAR = 1 << 40  # windows are clamped here, so that index arithmetic cannot overflow
 
 # struct AttentionProblem, then the rest of each argument struct: q = int64_t or pointer, d = double.
@@ -25,7 +25,7 @@ _TENSOR = "5q"
 _PACKED, _PAGES = "6q", "6q"
 _FWD = struct.Struct(f"={_PROBLEM}{4 * _TENSOR}q{_PACKED}{_PAGES}")
 _BWD = struct.Struct(f"={_PROBLEM}{5 * _TENSOR}2q{3 * _TENSOR}6q{_PACKED}")
-_DECODE = struct.Struct(f"={_PROBLEM}{4 * _TENSOR}3q{_PAGES}8q")
+_DECODE = struct.Struct(f"={_PROBLEM}{4 * _TENSOR}3q{_PAGES}20q")
 _MERGE = struct.Struct("=11q")
 _MERGE_BWD = struct.Struct("=15q")
 
@@ -237,15 +237,19 @@ def _page_table(page_table: Tensor, k_cache: Tensor) -> tuple[int, ...]:
     return page_table.data_ptr(), *page_table.stride(), page_table.shape[1], *k_cache.shape[:2]
 
 
-def _cache_format(cache: Tensor) -> int:
-    """Of enum OnepassCacheFormat."""
-    return 1 + QUANTIZED_DTYPES.index(cache.dtype) if cache.dtype in QUANTIZED_DTYPES else 0
+def _cache_format(cache: Tensor, descale: Tensor | None, pairs: Tensor | None) -> tuple[int, ...]:
+    """The fields of struct CacheFormat."""
+    codes: tuple[torch.dtype, ...] = (*QUANTIZED_DTYPES, torch.uint8)
+    scales: tuple[int, ...] = (0, 0, 0)
+    if descale is not None:
+        scales = (descale.data_ptr(), *(descale.stride() if descale.dim() == 2 else (0, descale.stride(0))))
+    groups = (*_ABSENT, 0) if pairs is None else (pairs.data_ptr(), *pairs.stride()[:4], pairs.shape[3])
+    return (1 + codes.index(cache.dtype) if cache.dtype in codes else 0, *scales, *groups)
 
 
-def _descale(scale: Tensor | None) -> tuple[int, ...]:
-    if scale is None:
-        return 0, 0, 0
-    return (scale.data_ptr(), *(scale.stride() if scale.dim() == 2 else (0, scale.stride(0))))
+def _next_to_each_other(pairs: Tensor | None) -> Tensor | None:
+    """Scale and shift as neighbours; copied where they are not."""
+    return pairs if pairs is None or pairs.stride(-1) == 1 else pairs.contiguous()
 
 
 def decode(
@@ -256,13 +260,16 @@ def decode(
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     sizes = _sizes(q, v_cache)
+    if k_scale_shift is not None:
+        sizes = (*sizes[:6], 2 * sizes[6])
     pages: tuple[int, ...] = _NO_PAGES
     if page_table is not None:
         sizes = (*sizes[:2], page_table.shape[1] * k_cache.shape[1], *sizes[3:])
         pages = _page_table(page_table, k_cache)
-    quantized: tuple[int, ...] = _NOT_QUANTIZED
-    if k_descale is not None or v_descale is not None:
-        quantized = (_cache_format(k_cache), _cache_format(v_cache), *_descale(k_descale), *_descale(v_descale))
+    formats: tuple[int, ...] = _PLAIN_CACHES
+    if k_descale is not None or v_descale is not None or k_scale_shift is not None:
+        k_pairs, v_pairs = _next_to_each_other(k_scale_shift), _next_to_each_other(v_scale_shift)
+        formats = (*_cache_format(k_cache, k_descale, k_pairs), *_cache_format(v_cache, v_descale, v_pairs))
     out, lse = _outputs(q, sizes, need_lse)
     if cache_seqlens is not None and not cache_seqlens.is_contiguous():
         cache_seqlens = cache_seqlens.contiguous()
@@ -271,7 +278,7 @@ def decode(
         *_problem(q.dtype, sizes, None, softmax_scale, window_left, window_right, True, options),
         q.data_ptr(), *q.stride(), k_cache.data_ptr(), *k_cache.stride(), v_cache.data_ptr(), *v_cache.stride(),
         out.data_ptr(), *out.stride(), lse.data_ptr() if need_lse else 0,
-        0 if cache_seqlens is None else cache_seqlens.data_ptr(), num_splits, *pages, *quantized,
+        0 if cache_seqlens is None else cache_seqlens.data_ptr(), num_splits, *pages, *formats,
     )  # fmt: skip
     try:
         cpu_library.kernel("attention_decode")(arguments)

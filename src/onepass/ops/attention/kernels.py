@@ -30,10 +30,7 @@ def _cpu_machine(arch: str, dtype: torch.dtype) -> list[str]:
 
 
 def _cpu_unsupported(spec: AttentionSpec) -> list[str]:
-    reasons = _cpu_machine(spec.arch, spec.dtype) + _sizes_unsupported(spec)
-    if spec.int4:
-        reasons.append("no k_scale_shift and v_scale_shift yet")
-    return reasons
+    return _cpu_machine(spec.arch, spec.dtype) + _sizes_unsupported(spec)
 
 
 def _cpu_merge_unsupported(spec: MergeSpec) -> list[str]:

@@ -128,7 +128,8 @@ def _attend(
             if LEFT or RIGHT:
                 seen = seen & visible(row[:, None], key[None, :], shift, window_left, window_right, LEFT, RIGHT)
             s = tl.where(seen, s, -float("inf"))
-        p, correction, largest, total = softmax_step(s, LOG2_E, largest, total)
+        p, correction, largest = softmax_step(s, LOG2_E, largest, 1)
+        total = total * correction + tl.sum(p, 1)
         p = p.to(q.dtype)
         if V_DTYPE is None:
             accs = (tl.dot(p, v.to(q.dtype), accs[0] * correction[:, None], input_precision=PRECISION),)
@@ -319,7 +320,9 @@ def decode(
         return out, lse
     groups = 0 if pairs is None else max(x.shape[3] for x in pairs)
     config = decode_config(q, head_dim_v, paged=page_table is not None, bytes_stored=v_cache.itemsize, groups=groups)
-    block_m = min(config.most_rows, max(16, 1 << (seqlen_q * group - 1).bit_length()))
+    nvidia = device.arch(q).startswith("sm_")
+    least_rows = 8 if pairs is not None and nvidia else 16  # of a matrix instruction: int4's rows are its columns
+    block_m = min(config.most_rows, max(least_rows, 1 << (seqlen_q * group - 1).bit_length()))
     tiles = batch * nheads_kv * triton.cdiv(seqlen_q * group, block_m)
     blocks = max(1, triton.cdiv(capacity, config.block_n))
     splits = min(num_splits or _splits(tiles, blocks, q.device, config), blocks, config.most_splits)
@@ -376,7 +379,7 @@ def decode(
                 "HEAD_DIM_V": head_dim_v,
                 "BLOCK_D": block_of(head_dim),
                 **columns,
-                "NVIDIA": device.arch(q).startswith("sm_"),
+                "NVIDIA": nvidia,
                 **limits,
                 "ALIBI": alibi_slopes is not None,
                 "SINK": attn_sink is not None,

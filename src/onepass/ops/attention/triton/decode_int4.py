@@ -102,91 +102,94 @@ def _attend(
     slope, shift, window_left, window_right, scale, softcap,
     EDGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     PAGED: tl.constexpr, PAGE_SIZE: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
-    ROWS_K: tl.constexpr, COLS_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    COLS_K: tl.constexpr, ROWS_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     PARTS_K: tl.constexpr, PARTS_V: tl.constexpr, DTYPE: tl.constexpr, LEADING: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The keys from start to end; in EDGE blocks some are unseen, or are not stored.
 
-    ROWS_K, COLS_V: words or bytes of a group.
+    COLS_K, ROWS_V: words or bytes of a group. flat and total are sums for each lane of keys.
     """
-    row_k = tl.arange(0, BLOCK_K)[:, None]
-    col_v = tl.arange(0, BLOCK_V)[None, :]
+    col_k = tl.arange(0, BLOCK_K)[None, :]
+    row_v = tl.arange(0, BLOCK_V)[:, None]
     lane = tl.arange(0, BLOCK_N)
     if PAGE_SIZE:
         page_size = PAGE_SIZE
+    # A block's keys lie one after the other without pages, and where its size divides theirs: it begins at a multiple.
+    IN_ONE: tl.constexpr = not PAGED or (PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0)
+    k_ptrs = k_base + col_k.to(tl.int64) * stride_kd
+    v_ptrs = v_base + row_v.to(tl.int64) * stride_vd
+    if IN_ONE:
+        k_ptrs += lane[:, None].to(tl.int64) * stride_ks
+        v_ptrs += lane[None, :].to(tl.int64) * stride_vs
+        k_pairs += lane.to(tl.int64) * stride_kps
+        v_pairs += lane.to(tl.int64) * stride_vps
     if PAGED:  # the pages of the next block are found while this one is worked on
-        next_page = page_entries(page_table_ptrs, start + lane, length, page_size)
+        next_page = page_entries(page_table_ptrs, start if IN_ONE else start + lane, length, page_size)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         key = first + lane
-        there = key < length
+        there = key < length if EDGE else tl.full((BLOCK_N,), 1, tl.int1)
         read = there
-        page, place = tl.zeros((BLOCK_N,), tl.int64), key.to(tl.int64)
+        place = first if IN_ONE else key
+        page = tl.zeros_like(place)
         if PAGED:
-            page, place, exists = placed(next_page, key, page_size, pages)
-            next_page = page_entries(page_table_ptrs, key + BLOCK_N, length, page_size)
+            page, place, exists = placed(next_page, place, page_size, pages)
+            next_page = page_entries(page_table_ptrs, (first if IN_ONE else key) + BLOCK_N, length, page_size)
             read = there & exists
-        at_k = page * stride_kb + place * stride_ks
-        at_v = page * stride_vb + place * stride_vs
-        s = tl.zeros((largest.shape[0], BLOCK_N), tl.float32)
+        page, place = tl.cast(page, tl.int64), tl.cast(place, tl.int64)
+        at_k, at_v = page * stride_kb + place * stride_ks, page * stride_vb + place * stride_vs
+        if not IN_ONE:
+            at_k, at_v = at_k[:, None], at_v[None, :]
+        s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for group in tl.static_range(K_GROUPS):
             k_scale, k_shift = _scale_and_shift(
-                k_pairs + page * stride_kpb + place * stride_kps + group * stride_kpg, read
+                k_pairs + (page * stride_kpb + place * stride_kps + group * stride_kpg), read
             )
             k = load_tile(
-                k_base + at_k[None, :] + (group * ROWS_K + row_k).to(tl.int64) * stride_kd, read[None, :],
-                row_k < ROWS_K, EDGE or PAGED, ROWS_K != BLOCK_K,
+                k_ptrs + (at_k + group * COLS_K * stride_kd), read[:, None], col_k < COLS_K, EDGE or PAGED,
+                COLS_K != BLOCK_K,
             )  # fmt: skip
             nibbles = _nibbles(k, DTYPE, PARTS_K, LEADING)
-            product = tl.zeros((largest.shape[0], BLOCK_N), tl.float32)
+            product = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for part in tl.static_range(PARTS_K):
-                product = tl.dot(q_parts[group * PARTS_K + part], nibbles[part], product, input_precision=PRECISION)
+                product = tl.dot(nibbles[part], q_parts[group * PARTS_K + part], product, input_precision=PRECISION)
             if LEADING:  # n is 16 (1 + n / 16) - 16
                 k_scale *= 16.0
                 k_shift -= k_scale
             if not SOFTCAP:  # once a key in place of once a score
                 k_scale, k_shift = k_scale * scale, k_shift * scale
-            s += product * k_scale[None, :] + k_shift[None, :] * q_sum[group][:, None]
+            s += product * k_scale[:, None] + k_shift[:, None] * q_sum[group][None, :]
         s, _ = adjusted_scores(
-            s,
-            row[:, None],
-            key[None, :],
-            first,
-            shift,
-            scale if SOFTCAP else 1.0,
-            softcap,
-            slope,
-            0.0,
-            SOFTCAP,
-            ALIBI,
-            False,
-        )
+            s, key[:, None], row[None, :], first, -shift, scale if SOFTCAP else 1.0, softcap, slope, 0.0, SOFTCAP,
+            ALIBI, False,
+        )  # fmt: skip
         if PAGED:  # a page that does not exist is not read, and shows as NaN
-            s = tl.where((there & ~exists)[None, :], float("nan"), s)
+            s = tl.where((there & ~exists)[:, None], float("nan"), s)
         if EDGE:
-            seen = there[None, :]
+            seen = there[:, None]
             if LEFT or RIGHT:
-                seen = seen & visible(row[:, None], key[None, :], shift, window_left, window_right, LEFT, RIGHT)
+                seen = seen & visible(row[None, :], key[:, None], shift, window_left, window_right, LEFT, RIGHT)
             s = tl.where(seen, s, -float("inf"))
-        p, correction, largest, total = softmax_step(s, LOG2_E, largest, total)
+        p, correction, largest = softmax_step(s, LOG2_E, largest, 0)
+        correction = correction[None, :]
+        total = total * correction + p
         new_accs, new_flat = (), ()
         for group in tl.static_range(V_GROUPS):
             v_scale, v_shift = _scale_and_shift(
-                v_pairs + page * stride_vpb + place * stride_vps + group * stride_vpg, read
+                v_pairs + (page * stride_vpb + place * stride_vps + group * stride_vpg), read
             )
             v = load_tile(
-                v_base + at_v[:, None] + (group * COLS_V + col_v).to(tl.int64) * stride_vd, read[:, None],
-                col_v < COLS_V, EDGE or PAGED, COLS_V != BLOCK_V,
+                v_ptrs + (at_v + group * ROWS_V * stride_vd), read[None, :], row_v < ROWS_V, EDGE or PAGED,
+                ROWS_V != BLOCK_V,
             )  # fmt: skip
             nibbles = _nibbles(v, DTYPE, PARTS_V, LEADING)
-            scaled = (p * v_scale[None, :]).to(DTYPE)
+            scaled = (p * v_scale[:, None]).to(DTYPE)
+            rest = p * v_shift[:, None]
             if LEADING:  # what is taken off is what the rounded weights have added
-                rest = tl.sum(p * v_shift[None, :] - 16.0 * scaled.to(tl.float32), 1)
-            else:
-                rest = tl.sum(p * v_shift[None, :], 1)
+                rest -= 16.0 * scaled.to(tl.float32)
             for part in tl.static_range(PARTS_V):
-                acc = accs[group * PARTS_V + part] * correction[:, None]
-                new_accs = new_accs + (tl.dot(scaled, nibbles[part], acc, input_precision=PRECISION),)  # noqa: RUF005
+                acc = accs[group * PARTS_V + part] * correction
+                new_accs = new_accs + (tl.dot(nibbles[part], scaled, acc, input_precision=PRECISION),)  # noqa: RUF005
             new_flat = new_flat + (flat[group] * correction + rest,)  # noqa: RUF005
         accs, flat = new_accs, new_flat
     return accs, flat, largest, total
@@ -202,7 +205,7 @@ def _decode_int4_kernel(
     window_left, window_right, scale, softcap,
     GROUP: tl.constexpr, HEAD_DIM_V: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, PAGED: tl.constexpr, PAGE_SIZE: tl.constexpr, LENGTHS: tl.constexpr, K_GROUPS: tl.constexpr,
-    V_GROUPS: tl.constexpr, ROWS_K: tl.constexpr, COLS_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    V_GROUPS: tl.constexpr, COLS_K: tl.constexpr, ROWS_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     PARTS_K: tl.constexpr, PARTS_V: tl.constexpr, LEADING: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -223,20 +226,20 @@ def _decode_int4_kernel(
     if LENGTHS:
         length = tl.minimum(tl.load(seqlens_ptr + batch), capacity)
     shift = length - seqlen_q
-    q_base = q_ptr + batch * stride_qb + (row_read * stride_qs + head * stride_qh)[:, None]
-    row_k = tl.arange(0, BLOCK_K)[None, :]
+    q_base = q_ptr + batch * stride_qb + (row_read * stride_qs + head * stride_qh)[None, :]
+    col_k = tl.arange(0, BLOCK_K)[:, None]
     q_parts, q_sum = (), ()
     for group in tl.static_range(K_GROUPS):
         added = tl.zeros((BLOCK_M,), tl.float32)
         for part in tl.static_range(PARTS_K):
-            feature = (PARTS_K * (group * ROWS_K + row_k) + part).to(tl.int64)
-            some = load_tile(q_base + feature * stride_qd, there[:, None], row_k < ROWS_K, False, ROWS_K != BLOCK_K)
+            feature = (PARTS_K * (group * COLS_K + col_k) + part).to(tl.int64)
+            some = load_tile(q_base + feature * stride_qd, there[None, :], col_k < COLS_K, False, COLS_K != BLOCK_K)
             q_parts = q_parts + (some,)  # noqa: RUF005
-            added += tl.sum(some.to(tl.float32), 1)
+            added += tl.sum(some.to(tl.float32), 0)
         q_sum = q_sum + (added,)  # noqa: RUF005
-    slope = tl.zeros((BLOCK_M, 1), tl.float32)
+    slope = tl.zeros((1, BLOCK_M), tl.float32)
     if ALIBI:
-        slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah)[:, None]
+        slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah)[None, :]
     k_base = k_ptr + kv_head * stride_kh
     v_base = v_ptr + kv_head * stride_vh
     k_pairs = k_pairs_ptr + kv_head * stride_kph
@@ -257,10 +260,10 @@ def _decode_int4_kernel(
     accs, flat = (), ()
     for _ in tl.static_range(V_GROUPS):
         for _ in tl.static_range(PARTS_V):
-            accs = accs + (tl.zeros((BLOCK_M, BLOCK_V), tl.float32),)  # noqa: RUF005
-        flat = flat + (tl.zeros((BLOCK_M,), tl.float32),)  # noqa: RUF005
+            accs = accs + (tl.zeros((BLOCK_V, BLOCK_M), tl.float32),)  # noqa: RUF005
+        flat = flat + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)  # noqa: RUF005
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # Before the inner blocks (only a window has such), those, and after them.
     for part in tl.static_range(0 if LEFT else 1, 3):
         first, last = part_of(part, start, inner_start, inner_end, end, end)
@@ -269,20 +272,22 @@ def _decode_int4_kernel(
             first, last, length, stride_kb, stride_ks, stride_kd, stride_vb, stride_vs, stride_vd,
             stride_kpb, stride_kps, stride_kpg, stride_vpb, stride_vps, stride_vpg, page_size, pages, row,
             slope, shift, window_left, window_right, scale, softcap,
-            part != 1, LEFT, RIGHT, SOFTCAP, ALIBI, PAGED, PAGE_SIZE, K_GROUPS, V_GROUPS, ROWS_K, COLS_V, BLOCK_K,
-            BLOCK_V, PARTS_K, PARTS_V, DTYPE, LEADING, PRECISION, BLOCK_N, STAGES,
+            part != 1, LEFT, RIGHT, SOFTCAP, ALIBI, PAGED, PAGE_SIZE, K_GROUPS, V_GROUPS, COLS_K, ROWS_V, BLOCK_K,
+            BLOCK_V, PARTS_K, PARTS_V, DTYPE, LEADING, PRECISION, BLOCK_M, BLOCK_N, STAGES,
         )  # fmt: skip
-    empty = total == 0.0
+    sums = tl.sum(total, 0)
+    empty = sums == 0.0
     top = tl.where(largest == -float("inf"), 0.0, largest)
-    weight = 1.0 / tl.where(empty, 1.0, total)
+    weight = 1.0 / tl.where(empty, 1.0, sums)
     at = split.to(tl.int64) * batch_size * seqlen_q * nheads_q + (batch * seqlen_q + row) * nheads_q + head
-    tl.store(lse_ptr + at, tl.where(empty, -float("inf"), top + tl.log2(total)), mask=there)
-    col_v = tl.arange(0, BLOCK_V)[None, :]
-    mask = there[:, None] & (col_v < COLS_V)
+    tl.store(lse_ptr + at, tl.where(empty, -float("inf"), top + tl.log2(sums)), mask=there)
+    row_v = tl.arange(0, BLOCK_V)[:, None]
+    mask = there[None, :] & (row_v < ROWS_V)
     for group in tl.static_range(V_GROUPS):
+        rest = tl.sum(flat[group], 0)
         for part in tl.static_range(PARTS_V):
-            out_ptrs = out_ptr + at[:, None] * HEAD_DIM_V + PARTS_V * (group * COLS_V + col_v) + part
-            out = (accs[group * PARTS_V + part] * (16.0 if LEADING else 1.0) + flat[group][:, None]) * weight[:, None]
+            out_ptrs = out_ptr + at[None, :] * HEAD_DIM_V + PARTS_V * (group * ROWS_V + row_v) + part
+            out = (accs[group * PARTS_V + part] * (16.0 if LEADING else 1.0) + rest[None, :]) * weight[None, :]
             tl.store(out_ptrs, out, mask=mask)
 
 
@@ -332,12 +337,12 @@ def _four_at_once(cache: Tensor, groups: int) -> tuple[Tensor, int]:
 def _constants(k_cache: Tensor, v_cache: Tensor, k_pairs: Tensor, v_pairs: Tensor) -> dict[str, int]:
     """Groups of features, the words or bytes of each, and the blocks that hold those."""
     k_groups, v_groups = k_pairs.shape[3], v_pairs.shape[3]
-    k_rows, v_columns = k_cache.shape[3] // k_groups, v_cache.shape[3] // v_groups
+    k_columns, v_rows = k_cache.shape[3] // k_groups, v_cache.shape[3] // v_groups
     return {
         "K_GROUPS": k_groups,
         "V_GROUPS": v_groups,
-        "ROWS_K": k_rows,
-        "COLS_V": v_columns,
-        "BLOCK_K": block_of(k_rows),
-        "BLOCK_V": block_of(v_columns),
+        "COLS_K": k_columns,
+        "ROWS_V": v_rows,
+        "BLOCK_K": block_of(k_columns),
+        "BLOCK_V": block_of(v_rows),
     }
