@@ -148,6 +148,8 @@ def test_offsets_past_two_to_the_31(fused: str, generator: torch.Generator) -> N
 
 
 def test_threads_change_nothing_but_rounding(fused: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    if fused != "cpu":
+        pytest.skip("the threads are the CPU's")
     q, k, v = (x.requires_grad_() for x in qkv(generator, 200, 200, dtype))
     do = torch.randn(2, 200, 4, 24, generator=generator).to(dtype)
     threads = torch.get_num_threads()

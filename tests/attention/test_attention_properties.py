@@ -47,6 +47,8 @@ def test_any_backward_follows_any_forward(
 
 
 def test_the_same_bits_twice(backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    if env.triton_interpreted():
+        pytest.skip("Triton's interpreter runs one program after the other")
     case = AttentionCase("twice", seqlen_q=300, seqlen_k=300, causal=True)
     inputs = case.inputs(dtype, "cpu", generator)
     first, second = (case.call(inputs, backend) for _ in range(2))

@@ -128,8 +128,7 @@ def _attend(
             if LEFT or RIGHT:
                 seen = seen & visible(row[:, None], key[None, :], shift, window_left, window_right, LEFT, RIGHT)
             s = tl.where(seen, s, -float("inf"))
-        p, correction, largest = softmax_step(s, LOG2_E, largest, 1)
-        total = total * correction + tl.sum(p, 1)
+        p, correction, largest, total = softmax_step(s, LOG2_E, largest, total, 1)
         p = p.to(q.dtype)
         if V_DTYPE is None:
             accs = (tl.dot(p, v.to(q.dtype), accs[0] * correction[:, None], input_precision=PRECISION),)

@@ -108,7 +108,7 @@ def _attend(
 ):  # fmt: skip
     """The keys from start to end; in EDGE blocks some are unseen, or are not stored.
 
-    COLS_K, ROWS_V: words or bytes of a group. flat and total are sums for each lane of keys.
+    COLS_K, ROWS_V: words or bytes of a group. flat: what shifts add.
     """
     col_k = tl.arange(0, BLOCK_K)[None, :]
     row_v = tl.arange(0, BLOCK_V)[:, None]
@@ -170,9 +170,7 @@ def _attend(
             if LEFT or RIGHT:
                 seen = seen & visible(row[None, :], key[:, None], shift, window_left, window_right, LEFT, RIGHT)
             s = tl.where(seen, s, -float("inf"))
-        p, correction, largest = softmax_step(s, LOG2_E, largest, 0)
-        correction = correction[None, :]
-        total = total * correction + p
+        p, correction, largest, total = softmax_step(s, LOG2_E, largest, total, 0)
         new_accs, new_flat = (), ()
         for group in tl.static_range(V_GROUPS):
             v_scale, v_shift = _scale_and_shift(
@@ -188,9 +186,9 @@ def _attend(
             if LEADING:  # what is taken off is what the rounded weights have added
                 rest -= 16.0 * scaled.to(tl.float32)
             for part in tl.static_range(PARTS_V):
-                acc = accs[group * PARTS_V + part] * correction
+                acc = accs[group * PARTS_V + part] * correction[None, :]
                 new_accs = new_accs + (tl.dot(nibbles[part], scaled, acc, input_precision=PRECISION),)  # noqa: RUF005
-            new_flat = new_flat + (flat[group] * correction + rest,)  # noqa: RUF005
+            new_flat = new_flat + (flat[group] * correction + tl.sum(rest, 0),)  # noqa: RUF005
         accs, flat = new_accs, new_flat
     return accs, flat, largest, total
 
@@ -261,9 +259,9 @@ def _decode_int4_kernel(
     for _ in tl.static_range(V_GROUPS):
         for _ in tl.static_range(PARTS_V):
             accs = accs + (tl.zeros((BLOCK_V, BLOCK_M), tl.float32),)  # noqa: RUF005
-        flat = flat + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)  # noqa: RUF005
+        flat = flat + (tl.zeros((BLOCK_M,), tl.float32),)  # noqa: RUF005
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
     # Before the inner blocks (only a window has such), those, and after them.
     for part in tl.static_range(0 if LEFT else 1, 3):
         first, last = part_of(part, start, inner_start, inner_end, end, end)
@@ -275,19 +273,17 @@ def _decode_int4_kernel(
             part != 1, LEFT, RIGHT, SOFTCAP, ALIBI, PAGED, PAGE_SIZE, K_GROUPS, V_GROUPS, COLS_K, ROWS_V, BLOCK_K,
             BLOCK_V, PARTS_K, PARTS_V, DTYPE, LEADING, PRECISION, BLOCK_M, BLOCK_N, STAGES,
         )  # fmt: skip
-    sums = tl.sum(total, 0)
-    empty = sums == 0.0
+    empty = total == 0.0
     top = tl.where(largest == -float("inf"), 0.0, largest)
-    weight = 1.0 / tl.where(empty, 1.0, sums)
+    weight = 1.0 / tl.where(empty, 1.0, total)
     at = split.to(tl.int64) * batch_size * seqlen_q * nheads_q + (batch * seqlen_q + row) * nheads_q + head
-    tl.store(lse_ptr + at, tl.where(empty, -float("inf"), top + tl.log2(sums)), mask=there)
+    tl.store(lse_ptr + at, tl.where(empty, -float("inf"), top + tl.log2(total)), mask=there)
     row_v = tl.arange(0, BLOCK_V)[:, None]
     mask = there[None, :] & (row_v < ROWS_V)
     for group in tl.static_range(V_GROUPS):
-        rest = tl.sum(flat[group], 0)
         for part in tl.static_range(PARTS_V):
             out_ptrs = out_ptr + at[None, :] * HEAD_DIM_V + PARTS_V * (group * ROWS_V + row_v) + part
-            out = (accs[group * PARTS_V + part] * (16.0 if LEADING else 1.0) + rest[None, :]) * weight[None, :]
+            out = (accs[group * PARTS_V + part] * (16.0 if LEADING else 1.0) + flat[group][None, :]) * weight[None, :]
             tl.store(out_ptrs, out, mask=mask)
 
 

@@ -87,8 +87,7 @@ def _attend(
             key_seen = tl.load(key_mask_ptrs + ahead * stride_mk, mask=col < seqlen_k, other=0) != 0
             s = tl.where(key_seen[None, :], s, -float("inf"))
         unit = scale if PLAIN else LOG2_E  # positive: q has the sign that makes the scale so
-        p, correction, largest = softmax_step(s, unit, largest, 1)
-        total = total * correction + tl.sum(p, 1)
+        p, correction, largest, total = softmax_step(s, unit, largest, total, 1)
         if DROPOUT:
             p = tl.where(kept(rng_ptr, threshold, sheet, row, first, BLOCK_M, BLOCK_N, False), p, 0.0)
         acc = acc * correction[:, None]

@@ -192,17 +192,17 @@ def adjusted_scores(
 
 
 @triton.jit
-def softmax_step(s, unit, largest, AXIS: tl.constexpr):
-    """(weights of a block's scores, what earlier sums are multiplied by, the new maximum); unit: to log2.
+def softmax_step(s, unit, largest, total, AXIS: tl.constexpr):
+    """(weights of a block's scores, what earlier sums are multiplied by, the new maximum and sum).
 
-    AXIS: of the keys.
+    unit: to log2. AXIS: of the keys.
     """
     before = largest
     largest = tl.maximum(largest, tl.max(s, AXIS) * unit)
     top = tl.where(largest == -float("inf"), 0.0, largest)
     p = tl.exp2(s * unit - tl.expand_dims(top, AXIS))
     correction = tl.exp2(before - top)
-    return p, correction, largest
+    return p, correction, largest, total * correction + tl.sum(p, AXIS)
 
 
 @triton.jit
