@@ -33,11 +33,11 @@ def cases(direction: str, dtype: torch.dtype) -> tuple[Case, ...]:
     found = []
     for seqlen in SEQLENS:
         for problem, peers in problems_of(seqlen).items():
-            asked, others, bars = problem, peers, BAR
+            asked, others = problem, peers
             if direction == BOTH:
                 asked = dataclasses.replace(problem, bias_gradient=problem.bias)
-                others, bars = tuple(peer for peer in peers if peer != FLEX), {}
-            found.append(case(asked, direction, "cpu", dtype, others, bars, quick=seqlen == SEQLENS[0]))
+                others = tuple(peer for peer in peers if peer != FLEX)
+            found.append(case(asked, direction, "cpu", dtype, others, BAR, quick=seqlen == SEQLENS[0]))
     return tuple(found)
 
 
