@@ -91,7 +91,8 @@ struct CacheFormat {
   // What elements of a byte are multiplied by, (batch, nheads_kv) with any strides; or null: 1.
   const float* descale;
   int64_t descale_stride_b, descale_stride_h;
-  // Of ONEPASS_INT4: pairs of fp16 (scale, shift) for each of `groups` of a row's features, the strides of groups last.
+  // Of ONEPASS_INT4, which both caches have or neither: for each of `groups` of a row's features, stride_d apart, an fp16 scale and
+  // its shift beside it.
   Tensor4 pairs;
   int64_t groups;
 };

@@ -220,7 +220,7 @@ struct Decode {
     splits = max_of(1, splits);
     // Too few keys for every thread: the heads are shared out as well.
     groups = max_of(1, min_of(p.nheads_kv, p.num_threads / max_of(1, p.batch * splits)));
-    const int64_t token = p.nheads_kv / groups * max_of(p.head_dim, p.head_dim_v) * (int64_t)sizeof(T);
+    const int64_t token = p.nheads_kv / groups * max_of(p.head_dim, p.head_dim_v) * (int64_t)sizeof(Row);
     strip = min_of(CHUNK, max_of(4, STRIP / token / 4 * 4));
     if (SPECIAL && a.pages.table && a.pages.page_size >= 8) strip = min_of(strip, a.pages.page_size / 4 * 4);
   }
@@ -325,23 +325,30 @@ struct Decode {
       const PagePlace place = place_of(x, b, j0 + j, keys - j);
       const int64_t offset = place.offset + h_kv * x.stride_h, count = min_of(place.keys, keys - j);
       Row* rows = copy + j * cache.depth;
-      if (cache.format.code == ONEPASS_PLAIN) {
-        if (cache.in_place && count == keys) return {(const Row*)x.data + offset, x.stride_s};
-        copy_rows(rows, cache.depth, (const Row*)x.data + offset, x, count, cache.features, KeyMask{});
-      } else if (cache.format.code == ONEPASS_INT4) {
-        const Tensor4& of = cache.format.pairs;
-        const f16* pairs = (const f16*)of.data + place_of(of, b, j0 + j, keys - j).offset + h_kv * of.stride_h;
-        for (int64_t r = 0; r < count; r++)
-          dequantize_int4(rows + r * cache.depth, cache.depth, (const uint8_t*)x.data + offset + r * x.stride_s, x.stride_d,
-                          cache.features, pairs + r * of.stride_s, of.stride_d, cache.format.groups);
-      } else {
-        for (int64_t r = 0; r < count; r++)
-          dequantize(rows + r * cache.depth, cache.depth, (const uint8_t*)x.data + offset + r * x.stride_s, x.stride_d,
-                     cache.features, cache.format.code);
+      if constexpr (std::is_same<Row, float>::value)
+        if (cache.format.code == ONEPASS_INT4) int4_rows(cache, rows, b, h_kv, j0 + j, offset, count);
+      if constexpr (std::is_same<Row, T>::value) {
+        if (cache.format.code == ONEPASS_PLAIN) {
+          if (cache.in_place && count == keys) return {(const Row*)x.data + offset, x.stride_s};
+          copy_rows(rows, cache.depth, (const Row*)x.data + offset, x, count, cache.features, KeyMask{});
+        } else if (cache.format.code != ONEPASS_INT4) {
+          for (int64_t r = 0; r < count; r++)
+            dequantize(rows + r * cache.depth, cache.depth, (const uint8_t*)x.data + offset + r * x.stride_s, x.stride_d,
+                       cache.features, cache.format.code);
+        }
       }
       j += count;
     }
     return {copy, cache.depth};
+  }
+
+  // `count` rows from key j on, whose bytes begin at `offset`.
+  void int4_rows(const Cache& cache, float* rows, int64_t b, int64_t h_kv, int64_t j, int64_t offset, int64_t count) const {
+    const Tensor4 &x = cache.x, &of = cache.format.pairs;
+    const f16* pairs = (const f16*)of.data + place_of(of, b, j, count).offset + h_kv * of.stride_h;
+    for (int64_t r = 0; r < count; r++)
+      dequantize_int4(rows + r * cache.depth, cache.depth, (const uint8_t*)x.data + offset + r * x.stride_s, x.stride_d, cache.features,
+                      pairs + r * of.stride_s, of.stride_d, cache.format.groups);
   }
 
   // Where key j of a sequence begins in x, and how many of the next `keys` follow it in even steps.
@@ -534,7 +541,7 @@ int decode(const AttentionDecodeArgs& a) {
     if (a.cache_seqlens[b] < 0 || a.cache_seqlens[b] > p.seqlen_k) return ONEPASS_BAD_INDEX;
     if (a.pages.table && !pages_exist(a.pages, b, a.cache_seqlens[b])) return ONEPASS_BAD_INDEX;
   }
-  if (a.k_format.code == ONEPASS_INT4) return decode<Widened<float>, T, true>(a);
+  if (a.k_format.code == ONEPASS_INT4) return decode<Widened<float>, T, true>(a);  // both caches are
   const auto plain = [](const CacheFormat& f) { return f.code == ONEPASS_PLAIN && !f.descale; };
   const bool special = changes_tiles(p.options) || a.pages.table || !plain(a.k_format) || !plain(a.v_format);
   return special ? decode<Features, T, true>(a) : decode<Features, T, false>(a);

@@ -1,5 +1,7 @@
 """Edges: rows and problems without keys, nonfinite inputs, strides, outputs, offsets past 2**31, unread memory."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -204,6 +206,46 @@ def test_pages_of_others_do_not_reach_rows_that_see_less(fused: str, generator: 
     out = onepass.attention_decode(q[:1], *pages, cache_seqlens=lengths, page_table=table, backend=fused)
     expected = onepass.attention_decode(q[:1], k[:1], v[:1], cache_seqlens=lengths, backend="reference")
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("far", ["k_cache", "v_cache", "k_scale_shift", "v_scale_shift"])
+def test_int4_groups_past_two_to_the_31(fused: str, far: str, generator: torch.Generator) -> None:
+    """Views whose groups lie 2^30 elements apart, of which only the pages in use are ever touched."""
+    q = normal((1, 1, 2, 8), torch.float32, "cpu", generator)
+    inputs: dict[str, torch.Tensor] = {}
+    for name in ("k", "v"):
+        cache, pairs = onepass.quantize_kv_int4(normal((1, 40, 1, 8), torch.float32, "cpu", generator), groups=4)
+        inputs |= {f"{name}_cache": cache, f"{name}_scale_shift": pairs}
+    expected = onepass.attention_decode(q, **inputs, backend="reference")
+    x, apart = inputs[far], 2**30 + 64
+    unit = 1 if x.dim() == 4 else 2
+    strides = (40 * unit, unit, 40 * unit, apart, 1)[: x.dim()]
+    inputs[far] = torch.empty(3 * apart + 40 * unit, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)
+    out = onepass.attention_decode(q, **inputs, backend=fused)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stored", ["plain", "int4"])
+def test_alibi_beyond_fp32s_whole_numbers(fused: str, stored: str, generator: torch.Generator) -> None:
+    """Distances near key 2^24 and beyond; a window's keys lie in the last pages of a long table."""
+    size, length, pages = 64, 2**24 + 2**22 + 33, 3
+    q = normal((1, 2, 2, 16), torch.float32, "cpu", generator)
+    k, v = (normal((pages, size, 1, 16), torch.float32, "cpu", generator) for _ in range(2))
+    options: dict[str, Any] = {"alibi_slopes": torch.tensor([0.1, 0.5]), "window_size": (40, -1), "return_lse": True}
+    if stored == "int4":
+        (k, options["k_scale_shift"]), (v, options["v_scale_shift"]) = map(onepass.quantize_kv_int4, (k, v))
+    table = torch.zeros(1, -(-length // size), dtype=torch.int32)
+    table[0, -pages:] = torch.arange(pages)
+    found, expected = (
+        onepass.attention_decode(
+            q, k, v, page_table=entries, cache_seqlens=torch.tensor([held], dtype=torch.int32), **options, backend=name
+        )
+        for entries, held, name in (
+            (table, length, fused),
+            (table[:, -pages:], length - (table.shape[1] - pages) * size, "reference"),
+        )
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_int4_caches_of_any_strides(fused: str, generator: torch.Generator) -> None:

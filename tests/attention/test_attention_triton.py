@@ -111,11 +111,20 @@ def _decode(head_dim: int, paged: bool, stored: torch.dtype = torch.bfloat16) ->
     decode.decode(q, cache, cache, lengths, table, None, None, descale, descale, None, None, 0.1, -1, 0, 0.0, 2, True)
 
 
-def _decode_int4(head_dim: int, groups: int, dtype: torch.dtype, paged: bool) -> None:
+def _decode_with_options(head_dim: int) -> None:
+    from onepass.ops.attention.triton import decode
+
+    q, cache = torch.empty(1, 2, 4, head_dim).half(), torch.empty(1, 128, 2, head_dim).half()
+    slopes, sink = torch.empty(4), torch.empty(4).half()
+    decode.decode(q, cache, cache, None, None, slopes, sink, None, None, None, None, 0.1, 64, 0, 5.0, 2, True)
+
+
+def _decode_int4(head_dim: int, groups: int, dtype: torch.dtype, page_size: int = 0) -> None:
     from onepass.ops.attention.triton import decode
 
     q = torch.empty(1, 1, 4, head_dim, dtype=dtype)
-    places = (8, 16, 2) if paged else (1, 128, 2)
+    paged = page_size > 0
+    places = (8, page_size, 2) if paged else (1, 128, 2)
     cache, pairs = torch.empty(*places, head_dim // 2, dtype=torch.uint8), torch.empty(*places, groups, 2).half()
     lengths = torch.full((1,), 100, dtype=torch.int32)
     table = torch.zeros(1, 8, dtype=torch.int32) if paged else None
@@ -139,10 +148,13 @@ def _launch() -> None:
     for paged in (False, True):
         _decode(128, paged)
     _decode(64, True, torch.int8)
-    _decode_int4(128, 1, torch.bfloat16, False)
-    _decode_int4(128, 1, torch.bfloat16, True)
-    _decode_int4(64, 1, torch.float16, True)
-    _decode_int4(128, 2, torch.bfloat16, False)
+    _decode_with_options(64)
+    _decode_int4(128, 1, torch.bfloat16)
+    _decode_int4(128, 1, torch.bfloat16, 16)
+    _decode_int4(64, 1, torch.float16, 256)
+    _decode_int4(128, 2, torch.bfloat16)
+    _decode_int4(20, 2, torch.float16)  # groups of an odd number of bytes
+    _decode_int4(64, 1, torch.float32)
     if device.arch(torch.empty(0)) in ("sm_90", "gfx950"):
         _decode(64, False, torch.float8_e4m3fn)
     outs, lses = torch.empty(2, 1, 8, 4, 64), torch.empty(2, 1, 4, 8)
@@ -169,8 +181,8 @@ def _fault(launch: aot.Launch, target: str, kernel: aot.Compiled) -> str:
         tiled = decodes or launch.constants["BLOCK_M"] >= 64
         if not floats and tiled and len(re.findall(wanted, kernel.text)) < _PRODUCTS[launch.name]:
             return f"no matrix instructions {wanted}"
-        usual = not launch.constants.get("DROPOUT", False)
-        if target in ("sm_80", "sm_90") and usual and not floats and kernel.local > _spills(launch):
+        everything = launch.constants["SOFTCAP"] and launch.constants["ALIBI"]
+        if target in ("sm_80", "sm_90") and not everything and not floats and kernel.local > _spills(launch):
             return f"{kernel.local} bytes of local memory"
     return ""
 

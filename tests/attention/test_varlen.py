@@ -40,8 +40,6 @@ def test_is_attention_on_every_sequence(case: VarlenCase, backend: str, generato
 
 def test_equal_lengths_are_a_batch_with_its_dropout(backend: str, generator: torch.Generator) -> None:
     """Forward and gradients; the mask counts batches, queries and keys alike."""
-    if backend == "cpu":
-        pytest.skip("no dropout yet")
     padded = [x.unflatten(0, (3, -1)).requires_grad_() for x in qkv(generator, 30, 42)]
     options: dict[str, Any] = {"causal": True, "dropout_p": 0.4, "rng_state": torch.tensor([5, 6]), "backend": backend}
     lengths = cumulated((10,) * 3, "cpu"), cumulated((14,) * 3, "cpu")

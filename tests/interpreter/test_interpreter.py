@@ -44,9 +44,11 @@ def _run(part: list[str], seed: int) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is Triton's interpreter already")
 @pytest.mark.parametrize("op", _OPS)
 def test_in_the_interpreter(op: str, runs: dict[str, list[_Run]]) -> None:
+    total = 0
     for run in runs[op]:
         result = run.result()
         assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
         passed = re.search(r"(\d+) passed", result.stdout)
         assert passed is not None, result.stdout
-        assert int(passed[1]) > 5, result.stdout
+        total += int(passed[1])
+    assert total > 20

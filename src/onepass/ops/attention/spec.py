@@ -420,7 +420,7 @@ def check_cache_contents(k_cache: Tensor, cache_seqlens: Tensor | None, page_tab
     if page_table is None:
         return
     for index, (length, row) in enumerate(zip(lengths, page_table.tolist(), strict=True)):
-        for position, page in enumerate(row[: -(-length // page_size)]):
+        for position, page in enumerate(row[: -(-length // max(page_size, 1))]):
             if not 0 <= page < pages:
                 raise ValueError(f"page_table[{index}, {position}] is {page}, but the cache has {pages} pages")
 

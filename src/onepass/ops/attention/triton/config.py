@@ -140,7 +140,9 @@ _DECODE: Mapping[_Key, DecodeConfig] = {
     ("hopper", 128): DecodeConfig(128, 4, 3),  # 4570, 4232, 4590, 4570
     ("hopper", 128, "paged"): DecodeConfig(16, 1, 3, programs_per_processor=8),  # 4389, 3935, 4368, 4468: pages of 16
     ("hopper", 128, "bytes"): DecodeConfig(64, 2, 3, programs_per_processor=4),  # 8682, 7121, 8396, 8730: fp8
-    ("hopper", 128, "int4"): DecodeConfig(64, 1, 3, most_rows=32, programs_per_processor=8),  # 10157, 7862, 10139, 9757
+    ("hopper", 128, "int4"): DecodeConfig(
+        64, 1, 3, most_rows=32, programs_per_processor=8
+    ),  # 10157, 7862, 10139, 9757 with queries as rows
     ("hopper", 256): DecodeConfig(32, 4, 3),
     ("ampere", 64): DecodeConfig(64, 4, 3),
     ("ampere", 128): DecodeConfig(32, 4, 3),

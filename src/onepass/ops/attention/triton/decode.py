@@ -24,6 +24,7 @@ from onepass.ops.attention.triton.tile import (
     LN_2,
     LOG2_E,
     adjusted_scores,
+    lies_in_one,
     load_tile,
     page_entries,
     part_of,
@@ -95,8 +96,7 @@ def _attend(
     lane = tl.arange(0, BLOCK_N)
     if PAGE_SIZE:
         page_size = PAGE_SIZE
-    # A block's keys lie one after the other without pages, and where its size divides theirs: it begins at a multiple.
-    IN_ONE: tl.constexpr = not PAGED or (PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0)
+    IN_ONE: tl.constexpr = lies_in_one(PAGED, PAGE_SIZE, BLOCK_N)
     if IN_ONE:
         k_ptrs += lane[None, :].to(tl.int64) * stride_ks
         v_ptrs += lane[:, None].to(tl.int64) * stride_vs

@@ -26,6 +26,7 @@ from onepass.ops.attention.triton.problem import as_words, block_of
 from onepass.ops.attention.triton.tile import (
     LOG2_E,
     adjusted_scores,
+    lies_in_one,
     load_tile,
     page_entries,
     part_of,
@@ -115,8 +116,7 @@ def _attend(
     lane = tl.arange(0, BLOCK_N)
     if PAGE_SIZE:
         page_size = PAGE_SIZE
-    # A block's keys lie one after the other without pages, and where its size divides theirs: it begins at a multiple.
-    IN_ONE: tl.constexpr = not PAGED or (PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0)
+    IN_ONE: tl.constexpr = lies_in_one(PAGED, PAGE_SIZE, BLOCK_N)
     k_ptrs = k_base + col_k.to(tl.int64) * stride_kd
     v_ptrs = v_base + row_v.to(tl.int64) * stride_vd
     if IN_ONE:
@@ -143,11 +143,11 @@ def _attend(
         s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for group in tl.static_range(K_GROUPS):
             k_scale, k_shift = _scale_and_shift(
-                k_pairs + (page * stride_kpb + place * stride_kps + group * stride_kpg), read
+                k_pairs + (page * stride_kpb + place * stride_kps + tl.cast(group, tl.int64) * stride_kpg), read
             )
             k = load_tile(
-                k_ptrs + (at_k + group * COLS_K * stride_kd), read[:, None], col_k < COLS_K, EDGE or PAGED,
-                COLS_K != BLOCK_K,
+                k_ptrs + (at_k + tl.cast(group * COLS_K, tl.int64) * stride_kd), read[:, None], col_k < COLS_K,
+                EDGE or PAGED, COLS_K != BLOCK_K,
             )  # fmt: skip
             nibbles = _nibbles(k, DTYPE, PARTS_K, LEADING)
             product = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -160,8 +160,8 @@ def _attend(
                 k_scale, k_shift = k_scale * scale, k_shift * scale
             s += product * k_scale[:, None] + k_shift[:, None] * q_sum[group][None, :]
         s, _ = adjusted_scores(
-            s, key[:, None], row[None, :], first, -shift, scale if SOFTCAP else 1.0, softcap, slope, 0.0, SOFTCAP,
-            ALIBI, False,
+            s, key[:, None], row[None, :], first - shift, -shift, scale if SOFTCAP else 1.0, softcap, slope, 0.0,
+            SOFTCAP, ALIBI, False,
         )  # fmt: skip
         if PAGED:  # a page that does not exist is not read, and shows as NaN
             s = tl.where((there & ~exists)[:, None], float("nan"), s)
@@ -174,11 +174,11 @@ def _attend(
         new_accs, new_flat = (), ()
         for group in tl.static_range(V_GROUPS):
             v_scale, v_shift = _scale_and_shift(
-                v_pairs + (page * stride_vpb + place * stride_vps + group * stride_vpg), read
+                v_pairs + (page * stride_vpb + place * stride_vps + tl.cast(group, tl.int64) * stride_vpg), read
             )
             v = load_tile(
-                v_ptrs + (at_v + group * ROWS_V * stride_vd), read[None, :], row_v < ROWS_V, EDGE or PAGED,
-                ROWS_V != BLOCK_V,
+                v_ptrs + (at_v + tl.cast(group * ROWS_V, tl.int64) * stride_vd), read[None, :], row_v < ROWS_V,
+                EDGE or PAGED, ROWS_V != BLOCK_V,
             )  # fmt: skip
             nibbles = _nibbles(v, DTYPE, PARTS_V, LEADING)
             scaled = (p * v_scale[:, None]).to(DTYPE)

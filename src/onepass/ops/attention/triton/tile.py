@@ -46,6 +46,12 @@ def walked_tile(
         return load_tile(ptrs, first + token < length, feature < SIZE, EDGE, SIZE != BLOCK_D)
 
 
+@triton.constexpr_function
+def lies_in_one(paged, page_size, block):
+    """Whether a block's keys lie one after the other: it begins at a multiple of its size. page_size: 0 if unknown."""
+    return not paged or (page_size > 0 and page_size % block == 0)
+
+
 @triton.jit
 def page_entries(page_table_ptrs, key, end, page_size):
     """The table's entries for keys before `end`; others are not looked at, and 0."""
@@ -174,8 +180,8 @@ def adjusted_scores(
 ):  # fmt: skip
     """(scores, the slope of softcap or 1.0) of products s = q k^T: scale, softcap, ALiBi, bias.
 
-    scale: softmax_scale, or with SOFTCAP softmax_scale / softcap. slope: of ALiBi. near: a number near row or col:
-    distances are taken in fp32, converted once a row and a column.
+    scale: softmax_scale, or with SOFTCAP softmax_scale / softcap. slope: of ALiBi. near: a number near row + shift
+    and col: distances from it are taken in fp32, converted once a row and a column.
     """
     cap_slope = 1.0
     if SOFTCAP:
