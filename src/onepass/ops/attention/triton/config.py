@@ -190,7 +190,11 @@ def decode_config(q: Tensor, head_dim_v: int, *, paged: bool, bytes_stored: int,
     if q.dtype is torch.float32:
         return DecodeConfig(16 if width == 256 else 32, 4, 1, most_rows=16)
     machine = _machine(q)
-    for stored, given in (("int4", groups == 1), ("paged", paged and groups == 0), ("bytes", bytes_stored == 1)):
+    for stored, given in (
+        ("int4", groups == 1),
+        ("paged", paged and groups == 0),
+        ("bytes", bytes_stored == 1 and groups == 0),
+    ):
         if given and (machine, width, stored) in _DECODE:
             return _DECODE[machine, width, stored]
     config = _DECODE[machine, width]
@@ -199,4 +203,4 @@ def decode_config(q: Tensor, head_dim_v: int, *, paged: bool, bytes_stored: int,
     # A key has a quarter of the bytes, and every group products of its own; neither is measured.
     if groups == 1:
         return replace(config, block_n=min(128, 2 * config.block_n), most_rows=16 if width == 256 else 32)
-    return replace(config, block_n=32, most_rows=16)
+    return replace(config, block_n=32, num_warps=1, most_rows=16, programs_per_processor=8)
