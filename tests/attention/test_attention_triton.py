@@ -174,7 +174,7 @@ _PRODUCTS = {
 
 def _fault(launch: aot.Launch, target: str, kernel: aot.Compiled) -> str:
     """Products of 16-bit numbers take matrix instructions; what is launched by default does not spill."""
-    if launch.name in _PRODUCTS:
+    if launch.name in _PRODUCTS and "PRECISION" in launch.constants:  # merging has a _fwd_kernel too
         floats = launch.arguments[0].dtype is torch.float32
         decodes = launch.name.startswith("_decode")
         wanted = "wgmma" if target == "sm_90" and not decodes else r"wgmma|mma\.sync|tcgen05\.mma|v_mfma"
