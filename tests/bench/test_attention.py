@@ -225,8 +225,7 @@ def test_cases_and_bars():
     for name in ("cuda-options-forward", "cuda-options-backward"):
         assert [case.bars for case in benchmark.group(name).cases] == [{"ratio to flex": 1.1}] * len(gpu.OPTIONS)
     for group in options.GROUPS:
-        bar = {"ratio": 1.5} if "backward" not in group.name else {}
-        assert [case.bars for case in group.cases] == [bar] * 10
+        assert [case.bars for case in group.cases] == [{"ratio": 1.5}] * 10
 
 
 def test_mean_bars_are_of_the_cases_with_a_bar():
