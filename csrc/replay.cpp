@@ -25,6 +25,22 @@ struct Object {
   Object* type;
 };
 
+// CUlaunchAttribute and CUlaunchConfig of CUDA's driver, which need not be installed here.
+struct alignas(8) CudaLaunchAttribute {
+  int id;
+  char padding[4];
+  int value;
+  char rest[60];
+};
+struct CudaLaunch {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  const CudaLaunchAttribute* attributes;
+  unsigned attribute_count;
+};
+constexpr int MAY_FOLLOW = 6;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+static_assert(sizeof(CudaLaunchAttribute) == 72 && sizeof(CudaLaunch) == 56);
+
 // What replay.py hands over, in this order.
 struct Python {
   HostFunctions torch;
@@ -43,8 +59,7 @@ struct Python {
   Object* (*error)();
   void (*clear_error)();
   void (*decref)(Object*);
-  int (*launch_cuda)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared,
-                     void* stream, void** parameters, void** extra);
+  int (*launch_cuda)(const CudaLaunch*, void* function, void** parameters, void** extra);  // cuLaunchKernelEx
   // Objects, borrowed for good.
   Object *none, *yes, *no, *zero, *minus_one;
   Object *tensor, *parameter, *integer, *real, *string;  // types
@@ -94,6 +109,7 @@ struct Launch {
   void* function;
   bool on_cpu;
   unsigned grid[3], threads, shared;
+  bool follows;
   std::vector<int64_t> words;
   std::vector<std::pair<int64_t, int64_t>> places;
 };
@@ -267,8 +283,10 @@ bool launch(const Launch& call, void* const* data, void* stream) {
   if (call.on_cpu) return reinterpret_cast<int (*)(const void*)>(call.function)(words) == 0;
   void* parameters[MOST_PARAMETERS];
   for (size_t i = 0; i < call.words.size(); i++) parameters[i] = &words[i];
-  return py.launch_cuda(call.function, call.grid[0], call.grid[1], call.grid[2], call.threads, 1, 1, call.shared,
-                        stream, parameters, nullptr) == 0;
+  const CudaLaunchAttribute follows = {MAY_FOLLOW, {}, 1, {}};
+  const CudaLaunch launch = {{call.grid[0], call.grid[1], call.grid[2]}, {call.threads, 1, 1}, call.shared, stream,
+                             &follows, call.follows ? 1u : 0u};
+  return py.launch_cuda(&launch, call.function, parameters, nullptr) == 0;
 }
 
 // The results of a plan, new references; null: it could not be done.
@@ -378,7 +396,7 @@ std::shared_ptr<Plan> read_plan(Reader in) {
     call.function = reinterpret_cast<void*>(in.next());
     call.on_cpu = in.next();
     for (unsigned& blocks : call.grid) blocks = in.next();
-    call.threads = in.next(), call.shared = in.next();
+    call.threads = in.next(), call.shared = in.next(), call.follows = in.next();
     call.words = in.vector();
     const std::vector<int64_t> places = in.vector();
     for (size_t i = 0; i + 1 < places.size(); i += 2) call.places.emplace_back(places[i], places[i + 1]);

@@ -17,6 +17,7 @@ class Launch(NamedTuple):
     grid: tuple[int, int, int] = (1, 1, 1)
     threads: int = 1
     shared: int = 0
+    follows: bool = False  # it may begin before the launch before it has ended
 
     def pointers(self, known: Mapping[int, object]) -> list[int]:
         """The places of words that are addresses; null pointers are not."""

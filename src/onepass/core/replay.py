@@ -97,7 +97,7 @@ def _bind() -> ctypes.PyDLL | None:
     words = [
         *torch_functions,
         *python,
-        _cuda_launch(),
+        _launch_cuda(),
         *map(id, objects),
         *map(id, plain),
         *[0] * (_MOST_QUIET - len(plain)),
@@ -127,11 +127,11 @@ def _address(function: Any) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-def _cuda_launch() -> int:
-    """cuLaunchKernel; 0 where there is no NVIDIA GPU, and nothing that would call it."""
+def _launch_cuda() -> int:
+    """cuLaunchKernelEx; 0 where there is no NVIDIA GPU, and nothing that would call it."""
     if torch.version.cuda is None or not torch.cuda.is_available():
         return 0
-    return _address(ctypes.CDLL("libcuda.so.1").cuLaunchKernel)
+    return _address(ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx)
 
 
 @contextmanager
@@ -272,7 +272,7 @@ def _plan(inputs: Sequence[Tensor], watch: _Watch, seen: Sequence[Launch | None]
                 return b""
             patched += [place, places[launch.words[place]]]
         on_cpu = device.type == "cpu"
-        words += [launch.function, on_cpu, *launch.grid, launch.threads, launch.shared]
+        words += [launch.function, on_cpu, *launch.grid, launch.threads, launch.shared, launch.follows]
         words += [*_vector(launch.words), *_vector(patched)]
     return struct.pack(f"={len(words)}q", *words)
 

@@ -89,6 +89,11 @@ def has_tma(arch: str) -> bool:
     return arch.startswith("sm_") and int(arch[3:]) >= 90
 
 
+def can_follow(arch: str) -> bool:
+    """Whether a kernel can be launched to begin while the one before it ends (programmatic dependent launch)."""
+    return arch.startswith("sm_") and int(arch[3:]) >= 90
+
+
 def interpreted(device: torch.device) -> bool:
     """Whether kernels on this device run in the interpreter, one program after the other."""
     return device.type == "cpu" and env.triton_interpreted()
@@ -124,8 +129,13 @@ class Launcher:
         constants: dict[str, Any],
         *,
         num_warps: int,
+        follows: bool = False,
     ) -> None:
-        """`arguments` are those before the constexprs, `constants` the constexprs, both in the kernel's order."""
+        """`arguments` are those before the constexprs, `constants` the constexprs, both in the kernel's order.
+
+        `follows`, only where `can_follow`: the kernel may begin before the one launched last has ended, and waits for
+        it itself (triton.language.extra.cuda.gdc_wait) before it touches anything.
+        """
         kinds: list[Any] = []  # all that Triton compiles a kernel anew for
         numbers: list[int | float] = []
         for argument in arguments:
@@ -142,7 +152,7 @@ class Launcher:
                 numbers.append(0 if argument is None else argument)
                 kinds.append(type(argument))
         values = constants.values()
-        key = (device.index, *kinds, *values, num_warps)
+        key = (device.index, *kinds, *values, num_warps, follows)
         compiled = self._compiled.get(key)
         if compiled is not None and _current_device() == device.index:
             run, function, metadata, whole = compiled
@@ -150,10 +160,10 @@ class Launcher:
             if launches.watched:
                 launches.tell(_written_down(whole, grid, numbers))
         elif device.type != "cuda" or _current_device() == device.index:
-            self._by_triton(key, grid, device, arguments, constants, num_warps)
+            self._by_triton(key, grid, device, arguments, constants, num_warps, follows)
         else:
             with torch.cuda.device(device):
-                self._by_triton(key, grid, device, arguments, constants, num_warps)
+                self._by_triton(key, grid, device, arguments, constants, num_warps, follows)
 
     def _by_triton(
         self,
@@ -163,8 +173,10 @@ class Launcher:
         arguments: Sequence[Any],
         constants: dict[str, Any],
         num_warps: int,
+        follows: bool,
     ) -> None:
-        more = self.nvidia_options if device.type == "cuda" and torch.version.hip is None else {}
+        on_nvidia = device.type == "cuda" and torch.version.hip is None
+        more = {**self.nvidia_options, "launch_pdl": follows} if on_nvidia else {}
         whole = self.kernel[grid](*arguments, **constants, num_warps=num_warps, **more)
         if device.type == "cuda":
             self._compiled[key] = whole.run, whole.function, whole.packed_metadata, whole
@@ -173,14 +185,13 @@ class Launcher:
 
 
 def _written_down(compiled: Any, grid: tuple[int, int, int], numbers: Sequence[int | float]) -> launches.Launch | None:
-    """A launch as those who watch want it; None where more than cuLaunchKernel would be needed."""
+    """A launch as those who watch want it; None where csrc/replay.cpp could not make it."""
     facts = compiled.metadata
     usual = {
         "num_ctas": 1,
         "global_scratch_size": 0,
         "profile_scratch_size": 0,
         "launch_cooperative_grid": False,
-        "launch_pdl": False,
     }
     if facts.target.backend != "cuda" or any(getattr(facts, name, None) != value for name, value in usual.items()):
         return None
@@ -206,6 +217,7 @@ def _written_down(compiled: Any, grid: tuple[int, int, int], numbers: Sequence[i
         grid,
         32 * facts.num_warps,
         facts.shared,
+        facts.launch_pdl,
     )
 
 

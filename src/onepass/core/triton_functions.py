@@ -129,3 +129,17 @@ def collect(exchange_ptr, row, members, MEMBERS: tl.constexpr):
     first = (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     second = word.to(tl.int32).to(tl.float32, bitcast=True)
     return tl.sum(first, 0), tl.sum(second, 0)
+
+
+@triton.jit
+def let_next_begin():
+    """Launcher.launch's `follows` of the next kernel may take hold from here on: once every program has called this."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def wait_for_previous():
+    """Until the kernel launched before, which this one `follows`, has ended and what it wrote can be read."""
+    tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)

@@ -107,9 +107,10 @@ def _recording(add: Callable[[Launch], Any]) -> Iterator[None]:
         constants: dict[str, Any],
         *,
         num_warps: int,
+        follows: bool = False,
     ) -> None:
-        options = {"num_warps": num_warps}
-        add(Launch(self.kernel, tuple(arguments), dict(constants), options, self.nvidia_options, self.targets))
+        options, nvidia = {"num_warps": num_warps}, {**self.nvidia_options, "launch_pdl": follows}
+        add(Launch(self.kernel, tuple(arguments), dict(constants), options, nvidia, self.targets))
 
     ordinary = Launcher.launch
     Launcher.launch = record  # type: ignore[method-assign]

@@ -6,6 +6,7 @@ are cut into splits, so that every multiprocessor has work; a second kernel merg
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -15,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from onepass.core import device
-from onepass.core.triton_backend import Launcher, multiprocessors
+from onepass.core.triton_backend import Launcher, can_follow, multiprocessors
+from onepass.core.triton_functions import let_next_begin, wait_for_previous
 from onepass.ops.attention.spec import check_cache_contents
 from onepass.ops.attention.triton import decode_int4
 from onepass.ops.attention.triton.config import DecodeConfig, decode_config
@@ -29,6 +31,7 @@ from onepass.ops.attention.triton.tile import (
     page_entries,
     part_of,
     placed,
+    power_of,
     seen_range,
     softmax_step,
     split_range,
@@ -155,12 +158,15 @@ def _decode_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     SINK: tl.constexpr, PAGED: tl.constexpr, PAGE_SIZE: tl.constexpr, LENGTHS: tl.constexpr,
     K_DESCALE: tl.constexpr, V_DESCALE: tl.constexpr, NEED_LSE: tl.constexpr, SPLIT: tl.constexpr,
-    BY_FP16: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BY_FP16: tl.constexpr, FOLLOWED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows (query, head of the group) of one KV head over one split of its keys.
 
     With SPLIT out_ptr is fp32 (splits, rows of all), lse_ptr in log2 units; else they are the results.
     """
+    if FOLLOWED:
+        let_next_begin()
     split = tl.program_id(0)
     nheads_kv = nheads_q // GROUP
     sheet = tl.program_id(1)
@@ -185,9 +191,7 @@ def _decode_kernel(
     )  # fmt: skip
     if BY_FP16:
         # A power of two off each row: what is left of q fits fp16 whatever its dtype, and has no fewer bits that count.
-        largest_q = tl.max(tl.abs(q.to(tl.float32)), 1)
-        power = (largest_q.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)[:, None]
-        power = tl.where(power == 0.0, 1.0, power)
+        power = power_of(tl.max(tl.abs(q.to(tl.float32)), 1))[:, None]
         q = (q.to(tl.float32) / power).to(tl.float16)
         scale = scale * power
     slope = tl.zeros((BLOCK_M, 1), tl.float32)
@@ -254,9 +258,11 @@ def _decode_kernel(
 def _merge_kernel(
     parts_ptr, lses_ptr, sink_ptr, out_ptr, lse_ptr, rows, seqlen_q, nheads_q, splits,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, SINK: tl.constexpr, NEED_LSE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """A row (batch, query, head) from its splits."""
+    if FOLLOWS:
+        wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     head = row % nheads_q
     split = tl.arange(0, SPLITS)
@@ -328,7 +334,8 @@ def decode(
     attn_sink = None if attn_sink is None else attn_sink.contiguous()
     rows = batch * seqlen_q * nheads_q
     parts, part_lses = out, lse
-    if splits > 1 or pairs is not None:  # int4 leaves sinks and dtypes to the merging kernel
+    merges = splits > 1 or pairs is not None  # int4 leaves sinks and dtypes to the merging kernel
+    if merges:
         parts = torch.empty((splits, rows, head_dim_v), dtype=torch.float32, device=q.device)
         part_lses = torch.empty((splits, rows), dtype=torch.float32, device=q.device)
     scale = softmax_scale / softcap if softcap else softmax_scale
@@ -340,7 +347,9 @@ def decode(
         "PAGE_SIZE": _known_page_size(k_cache, page_table),
         "LENGTHS": cache_seqlens is not None,
     }
+    followed = merges and can_follow(device.arch(q))
     cut = {
+        "FOLLOWED": followed,
         "PRECISION": "tf32" if device.allows_tf32(q) else "ieee",
         "BLOCK_M": block_m,
         "BLOCK_N": config.block_n,
@@ -392,14 +401,15 @@ def decode(
             },
             num_warps=config.num_warps,
         )  # fmt: skip
-    if splits > 1 or pairs is not None:
-        _merge_parts(parts, part_lses, attn_sink, out, lse, need_lse)
+    if merges:
+        _merge_parts(parts, part_lses, attn_sink, out, lse, need_lse, followed)
     return out, lse
 
 
 def _merge_parts(
-    parts: Tensor, part_lses: Tensor, attn_sink: Tensor | None, out: Tensor, lse: Tensor, need_lse: bool
-) -> None:
+    parts: Tensor, part_lses: Tensor, attn_sink: Tensor | None, out: Tensor, lse: Tensor, need_lse: bool,
+    follows: bool,
+) -> None:  # fmt: skip
     """Fills out and lse from the splits' results (splits, rows, head_dim_v)."""
     splits, rows, head_dim_v = parts.shape
     _merge.launch(
@@ -412,11 +422,14 @@ def _merge_parts(
             "SINK": attn_sink is not None,
             "NEED_LSE": need_lse,
             "SPLITS": max(2, triton.next_power_of_2(splits)),
+            "FOLLOWS": follows,
         },
         num_warps=4,
+        follows=follows,
     )
 
 
+@functools.lru_cache(1024)
 def _splits(tiles: int, blocks: int, on: torch.device, config: DecodeConfig) -> int:
     """The least number of splits whose waves of programs leave nearly as few multiprocessors idle as the best."""
     at_once = multiprocessors(on) * config.programs_per_processor

@@ -7,8 +7,12 @@ With a key's features as nibble * scale + shift, four of them in a 16-bit word, 
 
 where n_part is the part's nibble of every word and q_part is every fourth feature of q. So nothing is shuffled:
 products of a quarter of the depth, outputs of a quarter of the width; and 16-bit words are what the hardware transposes
-for its matrix instructions. Caches that do not lie so are read by bytes, with two parts. Two nibbles become 16-bit
-numbers by a shift and one bit operation, as the leading bits of 1 + n / 16; what that adds goes with the shifts.
+for its matrix instructions. Caches that do not lie so are read by bytes, with two parts.
+
+A nibble becomes a bf16 or an fp16 by a mask. The bits 0 to 7 of either read as a whole number of its least subnormal
+number, whether they fill the mantissa or reach into the exponent, and the matrix instructions of NVIDIA GPUs keep
+subnormal numbers: n in bits 0 to 3 is n LEAST, in bits 4 to 7 it is 16 n LEAST. What is multiplied with them is made
+large by a power of two, so that the products are ordinary numbers of fp32.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from torch import Tensor
 
 from onepass.core import device
 from onepass.core.triton_backend import Launcher
+from onepass.core.triton_functions import let_next_begin
 from onepass.ops.attention.triton.problem import as_words, block_of
 from onepass.ops.attention.triton.tile import (
     LOG2_E,
@@ -31,59 +36,58 @@ from onepass.ops.attention.triton.tile import (
     page_entries,
     part_of,
     placed,
+    power_of,
     softmax_step,
     split_range,
     visible,
 )
 
-
-def _asm(source: str, parts: dict[str, int], mantissa: int, one: int) -> tl.constexpr:
-    """Outputs $0.. of nibbles that begin at bits of registers: 1 + n / 16 in the halves of each, with that mantissa."""
-    place = mantissa - 4
-    mask, one = 0x000F000F << place, one << 16 | one
-    lines = []
-    for index, (name, first_bit) in enumerate(parts.items()):
-        move = first_bit - place
-        lines.append(f"{'shr' if move >= 0 else 'shl'}.b32 t, {name.rstrip('+')}, {abs(move)};")
-        lines.append(f"lop3.b32 ${index}, t, {mask:#x}, {one:#x}, 0xea;")
-    return tl.constexpr("\n".join(["{", ".reg .b32 a, b, t;", source, *lines, "}"]))
-
-
-# Two words to four parts; four bytes, apart in two registers first, to two parts.
-_WORDS = "", {"$4": 0, "$4+": 4, "$4++": 8, "$4+++": 12}
-_BYTES = "prmt.b32 a, $4, 0, 0x4140;\nprmt.b32 b, $4, 0, 0x4342;", {"a": 0, "b": 0, "a+": 4, "b+": 4}
-_BF16, _FP16 = (7, 0x3F80), (10, 0x3C00)
-_BF16_WORDS = _asm(*_WORDS, *_BF16)
-_FP16_WORDS = _asm(*_WORDS, *_FP16)
-_BF16_BYTES = _asm(*_BYTES, *_BF16)
-_FP16_BYTES = _asm(*_BYTES, *_FP16)
+# Nibbles of two 16-bit words, or of four bytes, to the 16-bit words that hold them in bits 0 to 7, two in a register.
+_WORDS_ASM = tl.constexpr("""{
+.reg .b32 t;
+shr.b32 t, $4, 8;
+and.b32 $0, $4, 0x000f000f;
+and.b32 $1, $4, 0x00f000f0;
+and.b32 $2, t, 0x000f000f;
+and.b32 $3, t, 0x00f000f0;
+}""")
+_BYTES_ASM = tl.constexpr("""{
+.reg .b32 a, b;
+prmt.b32 a, $4, 0, 0x4140;
+prmt.b32 b, $4, 0, 0x4342;
+and.b32 $0, a, 0x000f000f;
+and.b32 $1, b, 0x000f000f;
+and.b32 $2, a, 0x00f000f0;
+and.b32 $3, b, 0x00f000f0;
+}""")
 
 
 @triton.jit
-def _nibbles(x, dtype: tl.constexpr, PARTS: tl.constexpr, LEADING: tl.constexpr):
-    """The parts of words (4) or bytes (2), the lowest bits first: n, or 1 + n / 16 if LEADING."""
-    if LEADING and dtype == tl.bfloat16 and PARTS == 4:
-        return tl.inline_asm_elementwise(
-            _BF16_WORDS, "=r,=r,=r,=r,r", [x], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True, pack=2,
-        )  # fmt: skip
-    elif LEADING and PARTS == 4:
-        return tl.inline_asm_elementwise(
-            _FP16_WORDS, "=r,=r,=r,=r,r", [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-            is_pure=True, pack=2,
-        )  # fmt: skip
-    elif LEADING and dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            _BF16_BYTES, "=r,=r,=r,=r,r", [x], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-        )
-    elif LEADING:
-        return tl.inline_asm_elementwise(
-            _FP16_BYTES, "=r,=r,=r,=r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
-        )
+def _nibbles(x, dtype: tl.constexpr, PARTS: tl.constexpr, AS_BITS: tl.constexpr, NVIDIA: tl.constexpr):
+    """The parts of words (4) or bytes (2), the lowest bits first: n, or with AS_BITS n and 16 n in turn, as bits."""
+    if not AS_BITS:
+        if PARTS == 4:
+            return (x & 15).to(dtype), ((x >> 4) & 15).to(dtype), ((x >> 8) & 15).to(dtype), ((x >> 12) & 15).to(dtype)
+        else:
+            return (x & 15).to(dtype), (x >> 4).to(dtype)
     elif PARTS == 4:
-        return (x & 15).to(dtype), ((x >> 4) & 15).to(dtype), ((x >> 8) & 15).to(dtype), ((x >> 12) & 15).to(dtype)
+        if NVIDIA:
+            a, b, c, d = tl.inline_asm_elementwise(
+                _WORDS_ASM, "=r,=r,=r,=r,r", [x], dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2
+            )
+        else:
+            a, b, c, d = x & 0x0F, x & 0xF0, (x >> 8) & 0x0F, (x >> 8) & 0xF0
+        return (
+            a.to(dtype, bitcast=True), b.to(dtype, bitcast=True), c.to(dtype, bitcast=True), d.to(dtype, bitcast=True)
+        )  # fmt: skip
     else:
-        return (x & 15).to(dtype), (x >> 4).to(dtype)
+        if NVIDIA:
+            a, b = tl.inline_asm_elementwise(
+                _BYTES_ASM, "=r,=r,=r,=r,r", [x], dtype=(tl.int16, tl.int16), is_pure=True, pack=4
+            )
+        else:
+            a, b = (x & 0x0F).to(tl.int16), (x & 0xF0).to(tl.int16)
+        return a.to(dtype, bitcast=True), b.to(dtype, bitcast=True)
 
 
 @triton.jit
@@ -100,17 +104,20 @@ def _attend(
     q_parts, q_sum, accs, flat, largest, total, k_base, v_base, k_pairs, v_pairs, page_table_ptrs,
     start, end, length, stride_kb, stride_ks, stride_kd, stride_vb, stride_vs, stride_vd,
     stride_kpb, stride_kps, stride_kpg, stride_vpb, stride_vps, stride_vpg, page_size, pages, row,
-    slope, shift, window_left, window_right, scale, softcap,
+    slope, shift, window_left, window_right, scale, q_power, softcap,
     EDGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     PAGED: tl.constexpr, PAGE_SIZE: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
     COLS_K: tl.constexpr, ROWS_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    PARTS_K: tl.constexpr, PARTS_V: tl.constexpr, DTYPE: tl.constexpr, LEADING: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    PARTS_K: tl.constexpr, PARTS_V: tl.constexpr, DTYPE: tl.constexpr, AS_BITS: tl.constexpr, K_UNIT: tl.constexpr,
+    P_LIFT: tl.constexpr, NVIDIA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The keys from start to end; in EDGE blocks some are unseen, or are not stored.
 
-    COLS_K, ROWS_V: words or bytes of a group. flat: what shifts add.
+    COLS_K, ROWS_V: words or bytes of a group. flat: what shifts add. q_parts and q_sum are of queries / q_power, the
+    products of q_parts in units of 1 / K_UNIT.
     """
+    ADJUSTED: tl.constexpr = SOFTCAP or ALIBI
     col_k = tl.arange(0, BLOCK_K)[None, :]
     row_v = tl.arange(0, BLOCK_V)[:, None]
     lane = tl.arange(0, BLOCK_N)
@@ -130,11 +137,11 @@ def _attend(
         key = first + lane
         there = key < length if EDGE else tl.full((BLOCK_N,), 1, tl.int1)
         read = there
-        place = first if IN_ONE else key
-        page = tl.zeros_like(place)
+        at = first if IN_ONE else key
+        page, place = tl.zeros_like(at), at
         if PAGED:
-            page, place, exists = placed(next_page, place, page_size, pages)
-            next_page = page_entries(page_table_ptrs, (first if IN_ONE else key) + BLOCK_N, length, page_size)
+            page, place, exists = placed(next_page, at, page_size, pages)
+            next_page = page_entries(page_table_ptrs, at + BLOCK_N, length, page_size)
             read = there & exists
         page, place = tl.cast(page, tl.int64), tl.cast(place, tl.int64)
         at_k, at_v = page * stride_kb + place * stride_ks, page * stride_vb + place * stride_vs
@@ -149,20 +156,18 @@ def _attend(
                 k_ptrs + (at_k + tl.cast(group * COLS_K, tl.int64) * stride_kd), read[:, None], col_k < COLS_K,
                 EDGE or PAGED, COLS_K != BLOCK_K,
             )  # fmt: skip
-            nibbles = _nibbles(k, DTYPE, PARTS_K, LEADING)
+            nibbles = _nibbles(k, DTYPE, PARTS_K, AS_BITS, NVIDIA)
             product = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for part in tl.static_range(PARTS_K):
                 product = tl.dot(nibbles[part], q_parts[group * PARTS_K + part], product, input_precision=PRECISION)
-            if LEADING:  # n is 16 (1 + n / 16) - 16
-                k_scale *= 16.0
-                k_shift -= k_scale
             if not SOFTCAP:  # once a key in place of once a score
                 k_scale, k_shift = k_scale * scale, k_shift * scale
-            s += product * k_scale[:, None] + k_shift[:, None] * q_sum[group][None, :]
-        s, _ = adjusted_scores(
-            s, key[:, None], row[None, :], first - shift, -shift, scale if SOFTCAP else 1.0, softcap, slope, 0.0,
-            SOFTCAP, ALIBI, False,
-        )  # fmt: skip
+            s += product * (k_scale * K_UNIT)[:, None] + k_shift[:, None] * q_sum[group][None, :]
+        if ADJUSTED:
+            s, _ = adjusted_scores(
+                s * q_power[None, :], key[:, None], row[None, :], first - shift, -shift, scale if SOFTCAP else 1.0,
+                softcap, slope, 0.0, SOFTCAP, ALIBI, False,
+            )  # fmt: skip
         if PAGED:  # a page that does not exist is not read, and shows as NaN
             s = tl.where((there & ~exists)[:, None], float("nan"), s)
         if EDGE:
@@ -170,7 +175,7 @@ def _attend(
             if LEFT or RIGHT:
                 seen = seen & visible(row[None, :], key[:, None], shift, window_left, window_right, LEFT, RIGHT)
             s = tl.where(seen, s, -float("inf"))
-        p, correction, largest, total = softmax_step(s, LOG2_E, largest, total, 0)
+        p, correction, largest, total = softmax_step(s, LOG2_E if ADJUSTED else LOG2_E * q_power, largest, total, 0)
         new_accs, new_flat = (), ()
         for group in tl.static_range(V_GROUPS):
             v_scale, v_shift = _scale_and_shift(
@@ -180,15 +185,12 @@ def _attend(
                 v_ptrs + (at_v + tl.cast(group * ROWS_V, tl.int64) * stride_vd), read[None, :], row_v < ROWS_V,
                 EDGE or PAGED, ROWS_V != BLOCK_V,
             )  # fmt: skip
-            nibbles = _nibbles(v, DTYPE, PARTS_V, LEADING)
-            scaled = (p * v_scale[:, None]).to(DTYPE)
-            rest = p * v_shift[:, None]
-            if LEADING:  # what is taken off is what the rounded weights have added
-                rest -= 16.0 * scaled.to(tl.float32)
+            nibbles = _nibbles(v, DTYPE, PARTS_V, AS_BITS, NVIDIA)
+            scaled = (p * (v_scale * P_LIFT)[:, None]).to(DTYPE)
             for part in tl.static_range(PARTS_V):
                 acc = accs[group * PARTS_V + part] * correction[None, :]
                 new_accs = new_accs + (tl.dot(nibbles[part], scaled, acc, input_precision=PRECISION),)  # noqa: RUF005
-            new_flat = new_flat + (flat[group] * correction + tl.sum(rest, 0),)  # noqa: RUF005
+            new_flat = new_flat + (flat[group] * correction + tl.sum(p * v_shift[:, None], 0),)  # noqa: RUF005
         accs, flat = new_accs, new_flat
     return accs, flat, largest, total
 
@@ -204,10 +206,16 @@ def _decode_int4_kernel(
     GROUP: tl.constexpr, HEAD_DIM_V: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, PAGED: tl.constexpr, PAGE_SIZE: tl.constexpr, LENGTHS: tl.constexpr, K_GROUPS: tl.constexpr,
     V_GROUPS: tl.constexpr, COLS_K: tl.constexpr, ROWS_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    PARTS_K: tl.constexpr, PARTS_V: tl.constexpr, LEADING: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS_K: tl.constexpr, PARTS_V: tl.constexpr, AS_BITS: tl.constexpr, LEAST: tl.constexpr, Q_LIFT: tl.constexpr,
+    P_LIFT: tl.constexpr, NVIDIA: tl.constexpr, FOLLOWED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """As decode.py's kernel with SPLIT: out_ptr is fp32 (splits, rows of all), lse_ptr in log2 units."""
+    """As decode.py's kernel with SPLIT: out_ptr is fp32 (splits, rows of all), lse_ptr in log2 units.
+
+    LEAST: what a nibble of 1 is as operand. Q_LIFT, P_LIFT: by what the other operands are multiplied for it.
+    """
+    if FOLLOWED:
+        let_next_begin()
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     split = tl.program_id(0)
     nheads_kv = nheads_q // GROUP
@@ -226,14 +234,21 @@ def _decode_int4_kernel(
     shift = length - seqlen_q
     q_base = q_ptr + batch * stride_qb + (row_read * stride_qs + head * stride_qh)[None, :]
     col_k = tl.arange(0, BLOCK_K)[:, None]
+    q_tiles, largest_q = (), tl.zeros((BLOCK_M,), tl.float32)
+    for group in tl.static_range(K_GROUPS):
+        for part in tl.static_range(PARTS_K):
+            feature = (PARTS_K * (group * COLS_K + col_k) + part).to(tl.int64)
+            some = load_tile(q_base + feature * stride_qd, there[None, :], col_k < COLS_K, False, COLS_K != BLOCK_K)
+            q_tiles = q_tiles + (some.to(tl.float32),)  # noqa: RUF005
+            largest_q = tl.maximum(largest_q, tl.max(tl.abs(some.to(tl.float32)), 0))
+    q_power = power_of(largest_q) if AS_BITS else largest_q * 0.0 + 1.0
     q_parts, q_sum = (), ()
     for group in tl.static_range(K_GROUPS):
         added = tl.zeros((BLOCK_M,), tl.float32)
         for part in tl.static_range(PARTS_K):
-            feature = (PARTS_K * (group * COLS_K + col_k) + part).to(tl.int64)
-            some = load_tile(q_base + feature * stride_qd, there[None, :], col_k < COLS_K, False, COLS_K != BLOCK_K)
-            q_parts = q_parts + (some,)  # noqa: RUF005
-            added += tl.sum(some.to(tl.float32), 0)
+            some = q_tiles[group * PARTS_K + part] / q_power[None, :]
+            added += tl.sum(some, 0)
+            q_parts = q_parts + ((some * (Q_LIFT / 16 if AS_BITS and part % 2 else Q_LIFT)).to(DTYPE),)  # noqa: RUF005
         q_sum = q_sum + (added,)  # noqa: RUF005
     slope = tl.zeros((1, BLOCK_M), tl.float32)
     if ALIBI:
@@ -269,9 +284,10 @@ def _decode_int4_kernel(
             q_parts, q_sum, accs, flat, largest, total, k_base, v_base, k_pairs, v_pairs, page_table_ptrs,
             first, last, length, stride_kb, stride_ks, stride_kd, stride_vb, stride_vs, stride_vd,
             stride_kpb, stride_kps, stride_kpg, stride_vpb, stride_vps, stride_vpg, page_size, pages, row,
-            slope, shift, window_left, window_right, scale, softcap,
+            slope, shift, window_left, window_right, scale, q_power, softcap,
             part != 1, LEFT, RIGHT, SOFTCAP, ALIBI, PAGED, PAGE_SIZE, K_GROUPS, V_GROUPS, COLS_K, ROWS_V, BLOCK_K,
-            BLOCK_V, PARTS_K, PARTS_V, DTYPE, LEADING, PRECISION, BLOCK_M, BLOCK_N, STAGES,
+            BLOCK_V, PARTS_K, PARTS_V, DTYPE, AS_BITS, 1.0 / (LEAST * Q_LIFT), P_LIFT, NVIDIA,
+            PRECISION, BLOCK_M, BLOCK_N, STAGES,
         )  # fmt: skip
     empty = total == 0.0
     top = tl.where(largest == -float("inf"), 0.0, largest)
@@ -283,11 +299,15 @@ def _decode_int4_kernel(
     for group in tl.static_range(V_GROUPS):
         for part in tl.static_range(PARTS_V):
             out_ptrs = out_ptr + at[None, :] * HEAD_DIM_V + PARTS_V * (group * ROWS_V + row_v) + part
-            out = (accs[group * PARTS_V + part] * (16.0 if LEADING else 1.0) + flat[group][None, :]) * weight[None, :]
+            acc = accs[group * PARTS_V + part] * ((1 / 16 if AS_BITS and part % 2 else 1.0) / (LEAST * P_LIFT))
+            out = (acc + flat[group][None, :]) * weight[None, :]
             tl.store(out_ptrs, out, mask=mask)
 
 
 _decode_int4 = Launcher(_decode_int4_kernel)
+# The least subnormal number of a dtype, by what queries below 2 are multiplied and by what weights times scales (of
+# fp16, so up to 65504): products with it are then ordinary numbers of fp32.
+_LIFTS = {torch.bfloat16: (2.0**-133, 2.0**60, 2.0**100), torch.float16: (2.0**-24, 2.0**14, 1.0)}
 
 
 def run(
@@ -309,11 +329,21 @@ def run(
             **_constants(k_cache, v_cache, k_words, v_words),
             "PARTS_K": k_parts,
             "PARTS_V": v_parts,
-            "LEADING": q.itemsize == 2 and device.arch(q).startswith("sm_"),
+            **_operands(q),
             **cut,
         },
         num_warps=num_warps,
     )
+
+
+def _operands(q: Tensor) -> dict[str, Any]:
+    """How nibbles become operands beside q's dtype: as they lie where subnormal numbers are kept, else as numbers."""
+    arch = device.arch(q)
+    as_bits = q.itemsize == 2 and not arch.startswith("gfx")
+    least, q_lift, p_lift = _LIFTS[q.dtype] if as_bits else (1.0, 1.0, 1.0)
+    return {
+        "AS_BITS": as_bits, "LEAST": least, "Q_LIFT": q_lift, "P_LIFT": p_lift, "NVIDIA": arch.startswith("sm_"),
+    }  # fmt: skip
 
 
 def _words(pairs: Tensor) -> Tensor:

@@ -198,10 +198,17 @@ def adjusted_scores(
 
 
 @triton.jit
+def power_of(x):
+    """The power of two below (or at) each x >= 0 of fp32, 1 for 0: x without it is below 2, and as exact as before."""
+    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(power == 0.0, 1.0, power)
+
+
+@triton.jit
 def softmax_step(s, unit, largest, total, AXIS: tl.constexpr):
     """(weights of a block's scores, what earlier sums are multiplied by, the new maximum and sum).
 
-    unit: to log2. AXIS: of the keys.
+    unit: to log2, a number or one for each row. AXIS: of the keys.
     """
     before = largest
     largest = tl.maximum(largest, tl.max(s, AXIS) * unit)
