@@ -94,6 +94,11 @@ def can_follow(arch: str) -> bool:
     return arch.startswith("sm_") and int(arch[3:]) >= 90
 
 
+def can_prefetch(arch: str) -> bool:
+    """Whether an architecture has triton_functions.prefetch."""
+    return arch.startswith("sm_") and int(arch[3:]) >= 90
+
+
 def interpreted(device: torch.device) -> bool:
     """Whether kernels on this device run in the interpreter, one program after the other."""
     return device.type == "cpu" and env.triton_interpreted()

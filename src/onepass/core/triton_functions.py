@@ -143,3 +143,20 @@ def let_next_begin():
 def wait_for_previous():
     """Until the kernel launched before, which this one `follows`, has ended and what it wrote can be read."""
     tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def prefetch(ptr, count):
+    """Asks for `count` bytes of memory to be brought into the L2 cache; both are multiples of 16. sm_90 and newer."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .b32 t;
+        mov.b32 t, %tid.x;
+        setp.eq.b32 p, t, 0;
+        setp.ne.and.b32 p, $2, 0, p;
+        @p cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,r", [ptr.to(tl.int64), count], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip

@@ -137,12 +137,12 @@ _BACKWARD_BIAS = {
 # bf16 cache of the same keys: 64 x 8192, 1 x 131072, 16 x 32768 with 32 query and 8 KV heads, 128 x 2048 with 32.
 _DECODE: Mapping[_Key, DecodeConfig] = {
     ("hopper", 64): DecodeConfig(128, 4, 3),
-    ("hopper", 128): DecodeConfig(128, 4, 3),  # 4570, 4232, 4590, 4570
-    ("hopper", 128, "paged"): DecodeConfig(16, 1, 3, programs_per_processor=8),  # 4389, 3935, 4368, 4468: pages of 16
-    ("hopper", 128, "bytes"): DecodeConfig(64, 2, 3, programs_per_processor=4),  # 8682, 7121, 8396, 8730: fp8
+    ("hopper", 128): DecodeConfig(128, 4, 3),  # 4564, 4269, 4609, 4584
+    ("hopper", 128, "paged"): DecodeConfig(16, 1, 3, programs_per_processor=8),  # 4475, 4144, 4489, 4570: pages of 16
+    ("hopper", 128, "bytes"): DecodeConfig(64, 2, 3, programs_per_processor=4),  # 8793, 7512, 8726, 8703: fp8
     ("hopper", 128, "int4"): DecodeConfig(
-        64, 1, 3, most_rows=32, programs_per_processor=8
-    ),  # 10157, 7862, 10139, 9757 with queries as rows
+        64, 1, 2, most_rows=32, programs_per_processor=8
+    ),  # 13815, 10937, 13835, 12728
     ("hopper", 256): DecodeConfig(32, 4, 3),
     ("ampere", 64): DecodeConfig(64, 4, 3),
     ("ampere", 128): DecodeConfig(32, 4, 3),

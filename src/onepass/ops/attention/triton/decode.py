@@ -26,6 +26,7 @@ from onepass.ops.attention.triton.tile import (
     LN_2,
     LOG2_E,
     adjusted_scores,
+    decode_place,
     lies_in_one,
     load_tile,
     page_entries,
@@ -167,12 +168,8 @@ def _decode_kernel(
     """
     if FOLLOWED:
         let_next_begin()
-    split = tl.program_id(0)
-    nheads_kv = nheads_q // GROUP
-    sheet = tl.program_id(1)
-    kv_head = (sheet % nheads_kv).to(tl.int64)
-    batch = (sheet // nheads_kv).to(tl.int64)
-    first_packed = tl.program_id(2) * BLOCK_M
+    split = tl.program_id(1)
+    kv_head, batch, first_packed = decode_place(nheads_q // GROUP, seqlen_q * GROUP, BLOCK_M)
     packed = first_packed + tl.arange(0, BLOCK_M)
     there = packed < seqlen_q * GROUP
     row = packed // GROUP
@@ -356,7 +353,7 @@ def decode(
         "STAGES": config.num_stages,
     }
     sizes = batch, seqlen_q, capacity, nheads_q, k_cache.shape[1], k_cache.shape[0], splits
-    grid = (splits, batch * nheads_kv, triton.cdiv(seqlen_q * group, block_m))
+    grid = (tiles, splits, 1)
     lengths, table = _contiguous(cache_seqlens), _contiguous(page_table)
     max_pages = 0 if page_table is None else page_table.shape[1]
     if pairs is not None:

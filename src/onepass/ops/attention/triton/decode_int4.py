@@ -25,12 +25,13 @@ import triton.language as tl
 from torch import Tensor
 
 from onepass.core import device
-from onepass.core.triton_backend import Launcher
-from onepass.core.triton_functions import let_next_begin
+from onepass.core.triton_backend import Launcher, can_prefetch
+from onepass.core.triton_functions import let_next_begin, prefetch
 from onepass.ops.attention.triton.problem import as_words, block_of
 from onepass.ops.attention.triton.tile import (
     LOG2_E,
     adjusted_scores,
+    decode_place,
     lies_in_one,
     load_tile,
     page_entries,
@@ -100,17 +101,29 @@ def _scale_and_shift(ptrs, there):
 
 
 @triton.jit
+def _prefetch_share(sheet, first, stride_s, kv_head, inside, ROW: tl.constexpr, KEYS: tl.constexpr):
+    """One head's share of all heads' KEYS keys from `first` on, if those are `inside`. ROW: words or bytes of a head.
+
+    A head's own part of a key is 64 bytes at head_dim 128; memory gives such pieces at half of its speed, and what the
+    programs of all heads, which run at the same time, ask for together at nearly all of it.
+    """
+    BYTES: tl.constexpr = KEYS * ROW * (sheet.dtype.element_ty.primitive_bitwidth // 8)
+    ptr = sheet + (tl.cast(first, tl.int64) * stride_s + kv_head * (KEYS * ROW))
+    prefetch(ptr, tl.where(inside, BYTES, 0))
+
+
+@triton.jit
 def _attend(
     q_parts, q_sum, accs, flat, largest, total, k_base, v_base, k_pairs, v_pairs, page_table_ptrs,
     start, end, length, stride_kb, stride_ks, stride_kd, stride_vb, stride_vs, stride_vd,
     stride_kpb, stride_kps, stride_kpg, stride_vpb, stride_vps, stride_vpg, page_size, pages, row,
-    slope, shift, window_left, window_right, scale, q_power, softcap,
+    slope, shift, window_left, window_right, scale, q_power, softcap, kv_head, k_sheet, v_sheet,
     EDGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     PAGED: tl.constexpr, PAGE_SIZE: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
     COLS_K: tl.constexpr, ROWS_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     PARTS_K: tl.constexpr, PARTS_V: tl.constexpr, DTYPE: tl.constexpr, AS_BITS: tl.constexpr, K_UNIT: tl.constexpr,
     P_LIFT: tl.constexpr, NVIDIA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """The keys from start to end; in EDGE blocks some are unseen, or are not stored.
 
@@ -134,6 +147,10 @@ def _attend(
     if PAGED:  # the pages of the next block are found while this one is worked on
         next_page = page_entries(page_table_ptrs, start if IN_ONE else start + lane, length, page_size)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
+        if TOGETHER:
+            inside = first + 2 * BLOCK_N <= end
+            _prefetch_share(k_sheet, first + BLOCK_N, stride_ks, kv_head, inside, K_GROUPS * COLS_K, BLOCK_N)
+            _prefetch_share(v_sheet, first + BLOCK_N, stride_vs, kv_head, inside, V_GROUPS * ROWS_V, BLOCK_N)
         key = first + lane
         there = key < length if EDGE else tl.full((BLOCK_N,), 1, tl.int1)
         read = there
@@ -208,21 +225,18 @@ def _decode_int4_kernel(
     V_GROUPS: tl.constexpr, COLS_K: tl.constexpr, ROWS_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     PARTS_K: tl.constexpr, PARTS_V: tl.constexpr, AS_BITS: tl.constexpr, LEAST: tl.constexpr, Q_LIFT: tl.constexpr,
     P_LIFT: tl.constexpr, NVIDIA: tl.constexpr, FOLLOWED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """As decode.py's kernel with SPLIT: out_ptr is fp32 (splits, rows of all), lse_ptr in log2 units.
 
     LEAST: what a nibble of 1 is as operand. Q_LIFT, P_LIFT: by what the other operands are multiplied for it.
+    TOGETHER: all heads lie side by side, and their programs ask for the next block together before they read it.
     """
     if FOLLOWED:
         let_next_begin()
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    split = tl.program_id(0)
-    nheads_kv = nheads_q // GROUP
-    sheet = tl.program_id(1)
-    kv_head = (sheet % nheads_kv).to(tl.int64)
-    batch = (sheet // nheads_kv).to(tl.int64)
-    first_packed = tl.program_id(2) * BLOCK_M
+    split = tl.program_id(1)
+    kv_head, batch, first_packed = decode_place(nheads_q // GROUP, seqlen_q * GROUP, BLOCK_M)
     packed = first_packed + tl.arange(0, BLOCK_M)
     there = packed < seqlen_q * GROUP
     row = packed // GROUP
@@ -241,7 +255,7 @@ def _decode_int4_kernel(
             some = load_tile(q_base + feature * stride_qd, there[None, :], col_k < COLS_K, False, COLS_K != BLOCK_K)
             q_tiles = q_tiles + (some.to(tl.float32),)  # noqa: RUF005
             largest_q = tl.maximum(largest_q, tl.max(tl.abs(some.to(tl.float32)), 0))
-    q_power = power_of(largest_q) if AS_BITS else largest_q * 0.0 + 1.0
+    q_power = power_of(largest_q) if AS_BITS else tl.full((BLOCK_M,), 1.0, tl.float32)
     q_parts, q_sum = (), ()
     for group in tl.static_range(K_GROUPS):
         added = tl.zeros((BLOCK_M,), tl.float32)
@@ -253,23 +267,23 @@ def _decode_int4_kernel(
     slope = tl.zeros((1, BLOCK_M), tl.float32)
     if ALIBI:
         slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah)[None, :]
-    k_base = k_ptr + kv_head * stride_kh
-    v_base = v_ptr + kv_head * stride_vh
-    k_pairs = k_pairs_ptr + kv_head * stride_kph
-    v_pairs = v_pairs_ptr + kv_head * stride_vph
     page_table_ptrs = page_table_ptr
+    k_sheet, v_sheet, k_pairs_sheet, v_pairs_sheet = k_ptr, v_ptr, k_pairs_ptr, v_pairs_ptr
     if PAGED:
         page_table_ptrs = page_table_ptr + batch * stride_tb
     else:
-        k_base += batch * stride_kb
-        v_base += batch * stride_vb
-        k_pairs += batch * stride_kpb
-        v_pairs += batch * stride_vpb
+        k_sheet += batch * stride_kb
+        v_sheet += batch * stride_vb
+        k_pairs_sheet += batch * stride_kpb
+        v_pairs_sheet += batch * stride_vpb
     first_row = first_packed // GROUP
     last_row = tl.minimum(first_packed + BLOCK_M - 1, seqlen_q * GROUP - 1) // GROUP
     start, inner_start, inner_end, end = split_range(
         first_row, last_row, window_left - shift, window_right + shift, length, split, splits, LEFT, RIGHT, BLOCK_N
     )
+    if TOGETHER:
+        _prefetch_share(k_sheet, start, stride_ks, kv_head, start + BLOCK_N <= end, K_GROUPS * COLS_K, BLOCK_N)
+        _prefetch_share(v_sheet, start, stride_vs, kv_head, start + BLOCK_N <= end, V_GROUPS * ROWS_V, BLOCK_N)
     accs, flat = (), ()
     for _ in tl.static_range(V_GROUPS):
         for _ in tl.static_range(PARTS_V):
@@ -281,13 +295,15 @@ def _decode_int4_kernel(
     for part in tl.static_range(0 if LEFT else 1, 3):
         first, last = part_of(part, start, inner_start, inner_end, end, end)
         accs, flat, largest, total = _attend(
-            q_parts, q_sum, accs, flat, largest, total, k_base, v_base, k_pairs, v_pairs, page_table_ptrs,
+            q_parts, q_sum, accs, flat, largest, total,
+            k_sheet + kv_head * stride_kh, v_sheet + kv_head * stride_vh,
+            k_pairs_sheet + kv_head * stride_kph, v_pairs_sheet + kv_head * stride_vph, page_table_ptrs,
             first, last, length, stride_kb, stride_ks, stride_kd, stride_vb, stride_vs, stride_vd,
             stride_kpb, stride_kps, stride_kpg, stride_vpb, stride_vps, stride_vpg, page_size, pages, row,
-            slope, shift, window_left, window_right, scale, q_power, softcap,
+            slope, shift, window_left, window_right, scale, q_power, softcap, kv_head, k_sheet, v_sheet,
             part != 1, LEFT, RIGHT, SOFTCAP, ALIBI, PAGED, PAGE_SIZE, K_GROUPS, V_GROUPS, COLS_K, ROWS_V, BLOCK_K,
             BLOCK_V, PARTS_K, PARTS_V, DTYPE, AS_BITS, 1.0 / (LEAST * Q_LIFT), P_LIFT, NVIDIA,
-            PRECISION, BLOCK_M, BLOCK_N, STAGES,
+            PRECISION, BLOCK_M, BLOCK_N, STAGES, TOGETHER,
         )  # fmt: skip
     empty = total == 0.0
     top = tl.where(largest == -float("inf"), 0.0, largest)
@@ -331,6 +347,7 @@ def run(
             "PARTS_V": v_parts,
             **_operands(q),
             **cut,
+            "TOGETHER": not options["PAGED"] and _side_by_side(k_cache, v_cache),
         },
         num_warps=num_warps,
     )
@@ -344,6 +361,20 @@ def _operands(q: Tensor) -> dict[str, Any]:
     return {
         "AS_BITS": as_bits, "LEAST": least, "Q_LIFT": q_lift, "P_LIFT": p_lift, "NVIDIA": arch.startswith("sm_"),
     }  # fmt: skip
+
+
+def _side_by_side(*caches: Tensor) -> bool:
+    """Whether the heads of a key lie one after the other in each cache, and the keys; where that can be prefetched."""
+    return (
+        can_prefetch(device.arch(caches[0]))
+        and caches[0].shape[2] > 1
+        and all(
+            x.stride()[1:] == (x.shape[2] * x.shape[3], x.shape[3], 1)
+            and x.stride(0) * x.itemsize % 16 == 0
+            and x.data_ptr() % 16 == 0
+            for x in caches
+        )
+    )
 
 
 def _words(pairs: Tensor) -> Tensor:

@@ -154,6 +154,18 @@ def split_range(
 
 
 @triton.jit
+def decode_place(nheads_kv, rows, BLOCK_M: tl.constexpr):
+    """(KV head, batch, first of its rows) of a program of decode: heads side by side, as they lie in memory.
+
+    rows: queries times heads of a group.
+    """
+    sheet = tl.program_id(0)
+    tiles = tl.cdiv(rows, BLOCK_M)
+    kv_head, rest = sheet % nheads_kv, sheet // nheads_kv
+    return kv_head.to(tl.int64), (rest // tiles).to(tl.int64), rest % tiles * BLOCK_M
+
+
+@triton.jit
 def part_of(part: tl.constexpr, start, inner_start, inner_end, whole_end, end):
     """Where a walk's parts begin and end: 0 before the inner blocks, 1 those, 2 after them, 3 the block that is cut."""
     first = start if part == 0 else inner_start if part == 1 else inner_end if part == 2 else whole_end
