@@ -85,8 +85,7 @@ ONEPASS_INLINE vi load_nibbles(const uint8_t* p) {
 }
 
 // dst[d] = nibble d * scale + shift of its group, the pairs of groups stride_g apart; zeros from `count` to `room`.
-template <class T>
-ONEPASS_INLINE void dequantize_int4(T* dst, int64_t room, const uint8_t* src, int64_t stride, int64_t count, const f16* pairs,
+ONEPASS_INLINE void dequantize_int4(float* dst, int64_t room, const uint8_t* src, int64_t stride, int64_t count, const f16* pairs,
                                     int64_t stride_g, int64_t groups) {
   for (int64_t g = 0; g < groups; g++) {
     const float scale = to_float(pairs[g * stride_g]), shift = to_float(pairs[g * stride_g + 1]);
@@ -94,7 +93,7 @@ ONEPASS_INLINE void dequantize_int4(T* dst, int64_t room, const uint8_t* src, in
     int64_t d = g * count / groups;
     for (; stride == 1 && d + VW <= end; d += VW)
       store(dst + d, __builtin_convertvector(load_nibbles(src + d / 2), vf) * broadcast(scale) + broadcast(shift));
-    for (; d < end; d++) from_float((float)(src[d / 2 * stride] >> d % 2 * 4 & 15) * scale + shift, dst + d);
+    for (; d < end; d++) dst[d] = (float)(src[d / 2 * stride] >> d % 2 * 4 & 15) * scale + shift;
   }
-  for (int64_t d = count; d < room; d++) dst[d] = T{};
+  for (int64_t d = count; d < room; d++) dst[d] = 0;
 }

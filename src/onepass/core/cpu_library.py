@@ -18,7 +18,17 @@ from . import env, launches, torch_compat
 
 _LIBRARY_NAME = "libonepass_cpu.so"
 _BAD_INDEX = 2  # csrc/abi.h
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/abi.h
+# csrc/abi.h. Dtypes that caches may have beside the keys' own, whose code is CACHE_PLAIN; uint8 holds int4.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CACHE_PLAIN = 0
+CACHE_CODES = {
+    torch.int8: 1,
+    torch.float8_e4m3fn: 2,
+    torch.float8_e5m2: 3,
+    torch.float8_e4m3fnuz: 4,
+    torch.float8_e5m2fnuz: 5,
+    torch.uint8: 6,
+}
 
 
 class CpuLibraryError(RuntimeError):

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from onepass.core import cpu_library
-from onepass.core.cpu_library import DTYPE_CODES
+from onepass.core.cpu_library import CACHE_CODES, CACHE_PLAIN, DTYPE_CODES
 from onepass.ops.append_kv.spec import check_append_contents
 
 # struct AppendKvArgs.
 _ARGS = struct.Struct("=32q")
-_COPY, _INT8, _INT4 = 0, 1, 6  # enum OnepassCacheFormat
 
 
 def append(
@@ -35,14 +34,13 @@ def _append(
     pairs: Tensor | None,
 ) -> None:  # fmt: skip
     batch, seqlen, nheads, head_dim = x.shape
-    cache_format = _INT4 if pairs is not None else _INT8 if descale is not None else _COPY
     descale_strides = (
         (0, 0) if descale is None else (descale.stride(0) if descale.dim() == 2 else 0, descale.stride(-1))
     )
     cpu_library.kernel("append_kv")(
         _ARGS.pack(
-            DTYPE_CODES[x.dtype], torch.get_num_threads(), cache_format, batch, seqlen, nheads, head_dim,
-            cache.shape[0], cache.shape[1], 1 if pairs is None else pairs.shape[3],
+            DTYPE_CODES[x.dtype], torch.get_num_threads(), CACHE_CODES.get(cache.dtype, CACHE_PLAIN),
+            batch, seqlen, nheads, head_dim, cache.shape[0], cache.shape[1], 1 if pairs is None else pairs.shape[3],
             x.data_ptr(), *x.stride(), cache.data_ptr(), *cache.stride(), cache_seqlens.data_ptr(),
             *((0, 0) if page_table is None else (page_table.data_ptr(), page_table.shape[1])),
             *((0, *descale_strides) if descale is None else (descale.data_ptr(), *descale_strides)),

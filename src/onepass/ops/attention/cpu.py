@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from onepass.core import cpu_library
-from onepass.core.cpu_library import DTYPE_CODES
-from onepass.ops.attention.spec import QUANTIZED_DTYPES, Sizes, check_cache_contents
+from onepass.core.cpu_library import CACHE_CODES, CACHE_PLAIN, DTYPE_CODES
+from onepass.ops.attention.spec import Sizes, check_cache_contents
 
 _ABSENT = (0, 0, 0, 0, 0)
 _NO_MASK = (0, 0, 0)
@@ -239,12 +239,11 @@ def _page_table(page_table: Tensor, k_cache: Tensor) -> tuple[int, ...]:
 
 def _cache_format(cache: Tensor, descale: Tensor | None, pairs: Tensor | None) -> tuple[int, ...]:
     """The fields of struct CacheFormat."""
-    codes: tuple[torch.dtype, ...] = (*QUANTIZED_DTYPES, torch.uint8)
     scales: tuple[int, ...] = (0, 0, 0)
     if descale is not None:
         scales = (descale.data_ptr(), *(descale.stride() if descale.dim() == 2 else (0, descale.stride(0))))
     groups = (*_ABSENT, 0) if pairs is None else (pairs.data_ptr(), *pairs.stride()[:4], pairs.shape[3])
-    return (1 + codes.index(cache.dtype) if cache.dtype in codes else 0, *scales, *groups)
+    return (CACHE_CODES.get(cache.dtype, CACHE_PLAIN), *scales, *groups)
 
 
 def _next_to_each_other(pairs: Tensor | None) -> Tensor | None:

@@ -140,9 +140,7 @@ _DECODE: Mapping[_Key, DecodeConfig] = {
     ("hopper", 128): DecodeConfig(128, 4, 3),  # 4564, 4269, 4609, 4584
     ("hopper", 128, "paged"): DecodeConfig(16, 1, 3, programs_per_processor=8),  # 4475, 4144, 4489, 4570: pages of 16
     ("hopper", 128, "bytes"): DecodeConfig(64, 2, 3, programs_per_processor=4),  # 8793, 7512, 8726, 8703: fp8
-    ("hopper", 128, "int4"): DecodeConfig(
-        64, 1, 2, most_rows=32, programs_per_processor=8
-    ),  # 13815, 10937, 13835, 12728
+    ("hopper", 128, "int4"): DecodeConfig(64, 1, 2, 32, programs_per_processor=8),  # 13815, 10937, 13835, 12728
     ("hopper", 256): DecodeConfig(32, 4, 3),
     ("ampere", 64): DecodeConfig(64, 4, 3),
     ("ampere", 128): DecodeConfig(32, 4, 3),
@@ -153,8 +151,10 @@ _DECODE: Mapping[_Key, DecodeConfig] = {
 }
 
 
-def _chosen(table: Mapping[_Key, _Config], problem: Problem) -> _Config:
+def _chosen(table: Mapping[_Key, _Config], of_fp32: Mapping[int, _Config], problem: Problem) -> _Config:
     machine, width = _machine(problem.q), _width(problem.q, problem.v.shape[3])
+    if problem.q.dtype is torch.float32:
+        return of_fp32[width]
     for option, given in (("packed", problem.packed is not None), ("bias", problem.attn_bias is not None)):
         if given and (machine, width, option) in table:
             return table[machine, width, option]
@@ -162,21 +162,15 @@ def _chosen(table: Mapping[_Key, _Config], problem: Problem) -> _Config:
 
 
 def forward_config(problem: Problem) -> ForwardConfig:
-    if problem.q.dtype is torch.float32:
-        return _FORWARD_FP32[_width(problem.q, problem.v.shape[3])]
-    return _chosen(_FORWARD, problem)
+    return _chosen(_FORWARD, _FORWARD_FP32, problem)
 
 
 def backward_keys_config(problem: Problem) -> BackwardConfig:
-    if problem.q.dtype is torch.float32:
-        return _BACKWARD_FP32[_width(problem.q, problem.v.shape[3])]
-    return _chosen(_BACKWARD_KEYS, problem)
+    return _chosen(_BACKWARD_KEYS, _BACKWARD_FP32, problem)
 
 
 def backward_queries_config(problem: Problem) -> BackwardConfig:
-    if problem.q.dtype is torch.float32:
-        return _BACKWARD_FP32[_width(problem.q, problem.v.shape[3])]
-    return _chosen(_BACKWARD_QUERIES, problem)
+    return _chosen(_BACKWARD_QUERIES, _BACKWARD_FP32, problem)
 
 
 def backward_bias_config(problem: Problem) -> BackwardConfig:
