@@ -147,15 +147,20 @@ def wait_for_previous():
 
 @triton.jit
 def prefetch(ptr, count):
-    """Asks for `count` bytes of memory to be brought into the L2 cache; both are multiples of 16. sm_90 and newer."""
+    """Asks for `count` bytes of memory to be brought into the L2 cache, and to leave it before others. sm_90 and newer.
+
+    Both are multiples of 16.
+    """
     tl.inline_asm_elementwise(
         """{
         .reg .pred p;
         .reg .b32 t;
+        .reg .b64 policy;
         mov.b32 t, %tid.x;
         setp.eq.b32 p, t, 0;
         setp.ne.and.b32 p, $2, 0, p;
-        @p cp.async.bulk.prefetch.L2.global [$1], $2;
+        createpolicy.fractional.L2::evict_first.b64 policy, 1.0;
+        @p cp.async.bulk.prefetch.L2.global.L2::cache_hint [$1], $2, policy;
         mov.b32 $0, 0;
         }""",
         "=r,l,r", [ptr.to(tl.int64), count], dtype=tl.int32, is_pure=False, pack=1,

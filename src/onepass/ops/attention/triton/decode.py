@@ -257,7 +257,7 @@ def _merge_kernel(
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, SINK: tl.constexpr, NEED_LSE: tl.constexpr,
     SPLITS: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
-    """A row (batch, query, head) from its splits."""
+    """BLOCK_DV features of a row (batch, query, head) from its splits."""
     if FOLLOWS:
         wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
@@ -275,7 +275,7 @@ def _merge_kernel(
     if SINK:
         total += tl.exp2(sink - top)
     empty = total == 0.0
-    feature = tl.arange(0, BLOCK_DV)
+    feature = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     parts = tl.load(
         parts_ptr + (split.to(tl.int64) * rows + row)[:, None] * HEAD_DIM_V + feature[None, :],
         mask=there[:, None] & (feature < HEAD_DIM_V)[None, :],
@@ -283,7 +283,7 @@ def _merge_kernel(
     )
     out = tl.sum(tl.where((weights == 0.0)[:, None], 0.0, weights[:, None] * parts), 0) / tl.where(empty, 1.0, total)
     tl.store(out_ptr + row * HEAD_DIM_V + feature, out.to(out_ptr.dtype.element_ty), mask=feature < HEAD_DIM_V)
-    if NEED_LSE:
+    if NEED_LSE and tl.program_id(1) == 0:
         token = row // nheads_q
         at = (token // seqlen_q * nheads_q + head) * seqlen_q + token % seqlen_q
         tl.store(lse_ptr + at, tl.where(empty, -float("inf"), (top + tl.log2(total)) * LN_2))
@@ -409,13 +409,15 @@ def _merge_parts(
 ) -> None:  # fmt: skip
     """Fills out and lse from the splits' results (splits, rows, head_dim_v)."""
     splits, rows, head_dim_v = parts.shape
+    few = rows < multiprocessors(out.device)
+    block = block_of(min(head_dim_v, 32) if few else head_dim_v)
     _merge.launch(
-        (rows, 1, 1),
+        (rows, triton.cdiv(head_dim_v, block), 1),
         out.device,
         (parts, part_lses, attn_sink, out, lse, rows, *out.shape[1:3], splits),
         {
             "HEAD_DIM_V": head_dim_v,
-            "BLOCK_DV": block_of(head_dim_v),
+            "BLOCK_DV": block,
             "SINK": attn_sink is not None,
             "NEED_LSE": need_lse,
             "SPLITS": max(2, triton.next_power_of_2(splits)),

@@ -246,6 +246,23 @@ def _decode_int4_kernel(
     if LENGTHS:
         length = tl.minimum(tl.load(seqlens_ptr + batch), capacity)
     shift = length - seqlen_q
+    first_row = first_packed // GROUP
+    last_row = tl.minimum(first_packed + BLOCK_M - 1, seqlen_q * GROUP - 1) // GROUP
+    start, inner_start, inner_end, end = split_range(
+        first_row, last_row, window_left - shift, window_right + shift, length, split, splits, LEFT, RIGHT, BLOCK_N
+    )
+    page_table_ptrs = page_table_ptr
+    k_sheet, v_sheet, k_pairs_sheet, v_pairs_sheet = k_ptr, v_ptr, k_pairs_ptr, v_pairs_ptr
+    if PAGED:
+        page_table_ptrs = page_table_ptr + batch * stride_tb
+    else:
+        k_sheet += batch * stride_kb
+        v_sheet += batch * stride_vb
+        k_pairs_sheet += batch * stride_kpb
+        v_pairs_sheet += batch * stride_vpb
+    if TOGETHER:
+        _prefetch_share(k_sheet, start, stride_ks, kv_head, start + BLOCK_N <= end, K_GROUPS * COLS_K, BLOCK_N)
+        _prefetch_share(v_sheet, start, stride_vs, kv_head, start + BLOCK_N <= end, V_GROUPS * ROWS_V, BLOCK_N)
     q_base = q_ptr + batch * stride_qb + (row_read * stride_qs + head * stride_qh)[None, :]
     col_k = tl.arange(0, BLOCK_K)[:, None]
     q_tiles, largest_q = (), tl.zeros((BLOCK_M,), tl.float32)
@@ -267,23 +284,6 @@ def _decode_int4_kernel(
     slope = tl.zeros((1, BLOCK_M), tl.float32)
     if ALIBI:
         slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah)[None, :]
-    page_table_ptrs = page_table_ptr
-    k_sheet, v_sheet, k_pairs_sheet, v_pairs_sheet = k_ptr, v_ptr, k_pairs_ptr, v_pairs_ptr
-    if PAGED:
-        page_table_ptrs = page_table_ptr + batch * stride_tb
-    else:
-        k_sheet += batch * stride_kb
-        v_sheet += batch * stride_vb
-        k_pairs_sheet += batch * stride_kpb
-        v_pairs_sheet += batch * stride_vpb
-    first_row = first_packed // GROUP
-    last_row = tl.minimum(first_packed + BLOCK_M - 1, seqlen_q * GROUP - 1) // GROUP
-    start, inner_start, inner_end, end = split_range(
-        first_row, last_row, window_left - shift, window_right + shift, length, split, splits, LEFT, RIGHT, BLOCK_N
-    )
-    if TOGETHER:
-        _prefetch_share(k_sheet, start, stride_ks, kv_head, start + BLOCK_N <= end, K_GROUPS * COLS_K, BLOCK_N)
-        _prefetch_share(v_sheet, start, stride_vs, kv_head, start + BLOCK_N <= end, V_GROUPS * ROWS_V, BLOCK_N)
     accs, flat = (), ()
     for _ in tl.static_range(V_GROUPS):
         for _ in tl.static_range(PARTS_V):
