@@ -131,9 +131,9 @@ def _worst_index(difference: Tensor, same: Tensor) -> tuple[int, ...]:
     return tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), difference.shape))
 
 
-def error_in_budgets(actual: Tensor, oracle: Tensor, reference: Tensor) -> float:
+def error_in_budgets(actual: Tensor, oracle: Tensor, reference: Tensor, terms: float = 0.0) -> float:
     """The error of `actual` in units of its budget; see `compare`."""
-    return compare("", actual, oracle, reference).units
+    return compare("", actual, oracle, reference, terms).units
 
 
 def compare_case(

@@ -23,7 +23,17 @@ import onepass
 from onepass.bench import problems
 from onepass.bench.problems import BACKWARD, BOTH, FORWARD, first_line
 from onepass.bench.registry import Case, Prepared, SkippedError
-from onepass.ops.attention.bench.problem import Constants, Inputs, Problem, constants, draw, expected, pieces, select
+from onepass.ops.attention.bench.problem import (
+    Constants,
+    Inputs,
+    Problem,
+    constants,
+    draw,
+    expected,
+    pieces,
+    select,
+    terms,
+)
 from onepass.testing import numerics
 
 FLASH, CUDNN, FLEX, FLASH_4 = "sdpa flash", "cudnn", "flex", "flash-attn-4"
@@ -364,6 +374,7 @@ def check(
             piece,
             expected(problem, piece, inputs, fixed, direction, torch.float64),
             expected(problem, piece, inputs, fixed, direction, inputs.q.dtype),
+            terms(problem, piece, inputs, fixed, direction),
         )
         for piece in pieces(problem)
     ]
@@ -377,9 +388,9 @@ def check(
             absent[name] = first_line(error)
             continue
         found[name] = max(
-            numerics.error_in_budgets(*three)
-            for piece, exact, rounded in compared
-            for three in zip(select(problem, piece, results), exact, rounded, strict=True)
+            numerics.error_in_budgets(*four)
+            for piece, exact, rounded, rounding in compared
+            for four in zip(select(problem, piece, results), exact, rounded, rounding, strict=True)
         )
     return found
 

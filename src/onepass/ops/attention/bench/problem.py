@@ -15,6 +15,7 @@ from torch import Tensor
 import onepass
 from onepass.bench.problems import BACKWARD, BOTH, FORWARD
 from onepass.bench.registry import Value
+from onepass.ops.attention.inputs import rounding_terms
 
 # Five matrix products where the forward has two.
 FLOPS = {FORWARD: 1.0, BACKWARD: 2.5, BOTH: 3.5}
@@ -202,6 +203,19 @@ def select(problem: Problem, piece: Piece, results: Sequence[Tensor]) -> list[Te
     """A piece of the output, or of the gradients of q, k, v and perhaps the bias, in our layout."""
     bias = [result[:, piece.heads(problem.heads // problem.kv_heads)] for result in results[3:]]
     return [piece.of(result, problem) for result in results[:3]] + bias
+
+
+def terms(problem: Problem, piece: Piece, inputs: Inputs, fixed: Constants, direction: str) -> list[float]:
+    """Of the budgets: those of the bias's gradient, the one result whose elements are no sums over keys or queries."""
+    if direction == FORWARD:
+        return [0.0]
+    if not problem.bias_gradient:
+        return [0.0] * 3
+    heads = piece.heads(problem.heads // problem.kv_heads)
+    used = {name: piece.of(getattr(inputs, name), problem) for name in ("q", "k", "v", "do")}
+    if fixed.attn_bias is not None:
+        used["attn_bias"] = fixed.attn_bias[:, heads]
+    return [0.0] * 3 + [rounding_terms(used, problem.options(fixed, heads))["dattn_bias"]]
 
 
 def expected(
