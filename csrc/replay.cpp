@@ -283,10 +283,10 @@ bool launch(const Launch& call, void* const* data, void* stream) {
   if (call.on_cpu) return reinterpret_cast<int (*)(const void*)>(call.function)(words) == 0;
   void* parameters[MOST_PARAMETERS];
   for (size_t i = 0; i < call.words.size(); i++) parameters[i] = &words[i];
-  const CudaLaunchAttribute follows = {MAY_FOLLOW, {}, 1, {}};
-  const CudaLaunch launch = {{call.grid[0], call.grid[1], call.grid[2]}, {call.threads, 1, 1}, call.shared, stream,
-                             &follows, call.follows ? 1u : 0u};
-  return py.launch_cuda(&launch, call.function, parameters, nullptr) == 0;
+  const CudaLaunchAttribute may_follow = {MAY_FOLLOW, {}, 1, {}};
+  const CudaLaunch config = {{call.grid[0], call.grid[1], call.grid[2]}, {call.threads, 1, 1}, call.shared, stream,
+                             &may_follow, call.follows ? 1u : 0u};
+  return py.launch_cuda(&config, call.function, parameters, nullptr) == 0;
 }
 
 // The results of a plan, new references; null: it could not be done.

@@ -263,6 +263,23 @@ def test_int4_caches_of_any_strides(fused: str, generator: torch.Generator) -> N
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-30, 2e-7, 6e4, 1e34])
+@pytest.mark.parametrize("of", [torch.float32, torch.float16])
+def test_int4_with_queries_of_any_size(fused: str, of: torch.dtype, size: float, generator: torch.Generator) -> None:
+    """Scores of ordinary size from queries of 0, subnormal in fp16, tiny and huge, beside ordinary ones."""
+    q = normal((1, 2, 2, 32), torch.float32, "cpu", generator)
+    q[:, 1:] = q[:, 1:] * min(size, torch.finfo(of).max / 8)
+    q = q.to(of)
+    k, v = (normal((1, 300, 1, 32), of, "cpu", generator) for _ in range(2))
+    pairs = {}
+    (k, pairs["k_scale_shift"]), (v, pairs["v_scale_shift"]) = map(onepass.quantize_kv_int4, (k, v))
+    scale = 1.0 if size == 0.0 else 1.0 / float(q[:, 1:].float().abs().max() or 1.0)
+    out = onepass.attention_decode(q, k, v, **pairs, softmax_scale=scale, causal=False, backend=fused)
+    exact = onepass.attention_decode(q.double(), k, v, **pairs, softmax_scale=scale, causal=False, backend="reference")
+    eps = torch.finfo(of).eps
+    torch.testing.assert_close(out[:, 1:].double(), exact[:, 1:], rtol=4 * eps, atol=16 * eps)
+
+
 @pytest.mark.parametrize("seqlen_k", [64, 65, 129])
 def test_gradients_where_every_score_is_far_below_zero(fused: str, seqlen_k: int, generator: torch.Generator) -> None:
     """exp(-lse) of a key that does not exist would be inf."""

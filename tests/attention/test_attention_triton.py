@@ -119,10 +119,10 @@ def _decode_with_options(head_dim: int) -> None:
     decode.decode(q, cache, cache, None, None, slopes, sink, None, None, None, None, 0.1, 64, 0, 5.0, 2, True)
 
 
-def _decode_int4(head_dim: int, groups: int, dtype: torch.dtype, page_size: int = 0) -> None:
+def _decode_int4(head_dim: int, groups: int, dtype: torch.dtype, page_size: int = 0, seqlen_q: int = 1) -> None:
     from onepass.ops.attention.triton import decode
 
-    q = torch.empty(1, 1, 4, head_dim, dtype=dtype)
+    q = torch.empty(1, seqlen_q, 4, head_dim, dtype=dtype)
     paged = page_size > 0
     places = (8, page_size, 2) if paged else (1, 128, 2)
     cache, pairs = torch.empty(*places, head_dim // 2, dtype=torch.uint8), torch.empty(*places, groups, 2).half()
@@ -153,6 +153,7 @@ def _launch() -> None:
     _decode_int4(128, 1, torch.bfloat16, 16)
     _decode_int4(64, 1, torch.float16, 256)
     _decode_int4(128, 2, torch.bfloat16)
+    _decode_int4(128, 1, torch.bfloat16, seqlen_q=9)
     _decode_int4(10, 1, torch.float16)  # an odd number of bytes
     _decode_int4(64, 1, torch.float32)
     if device.arch(torch.empty(0)) in ("sm_90", "gfx950"):
@@ -174,6 +175,11 @@ _PRODUCTS = {
 
 def _fault(launch: aot.Launch, target: str, kernel: aot.Compiled) -> str:
     """Products of 16-bit numbers take matrix instructions; what is launched by default does not spill."""
+    if target == "sm_90" and launch.constants.get("TOGETHER") and "cp.async.bulk.prefetch" not in kernel.text:
+        return "nothing is prefetched"
+    wait, load = kernel.text.find("griddepcontrol.wait"), kernel.text.find("ld.global")
+    if launch.constants.get("FOLLOWS") and not 0 < wait < load:
+        return "memory is read before the wait"
     if launch.name in _PRODUCTS and "PRECISION" in launch.constants:  # merging has a _fwd_kernel too
         floats = launch.arguments[0].dtype is torch.float32
         decodes = launch.name.startswith("_decode")

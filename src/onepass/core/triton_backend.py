@@ -84,18 +84,10 @@ def shared_memory(arch: str) -> int:
     return 65536
 
 
-def has_tma(arch: str) -> bool:
-    """Whether an architecture has a tensor memory accelerator (NVIDIA's Hopper and newer)."""
-    return arch.startswith("sm_") and int(arch[3:]) >= 90
-
-
-def can_follow(arch: str) -> bool:
-    """Whether a kernel can be launched to begin while the one before it ends (programmatic dependent launch)."""
-    return arch.startswith("sm_") and int(arch[3:]) >= 90
-
-
-def can_prefetch(arch: str) -> bool:
-    """Whether an architecture has triton_functions.prefetch."""
+def is_hopper_or_newer(arch: str) -> bool:
+    """NVIDIA's architectures with a tensor memory accelerator, bulk prefetches (triton_functions.prefetch), and kernels
+    that begin while the one before them ends (programmatic dependent launch).
+    """
     return arch.startswith("sm_") and int(arch[3:]) >= 90
 
 
@@ -138,8 +130,8 @@ class Launcher:
     ) -> None:
         """`arguments` are those before the constexprs, `constants` the constexprs, both in the kernel's order.
 
-        `follows`, only where `can_follow`: the kernel may begin before the one launched last has ended, and waits for
-        it itself (triton.language.extra.cuda.gdc_wait) before it touches anything.
+        `follows`, on Hopper and newer: the kernel may begin before the one launched last has ended, and waits for it
+        itself (triton_functions.wait_for_previous) before it touches memory.
         """
         kinds: list[Any] = []  # all that Triton compiles a kernel anew for
         numbers: list[int | float] = []
@@ -222,7 +214,7 @@ def _written_down(compiled: Any, grid: tuple[int, int, int], numbers: Sequence[i
         grid,
         32 * facts.num_warps,
         facts.shared,
-        facts.launch_pdl,
+        getattr(facts, "launch_pdl", False),
     )
 
 

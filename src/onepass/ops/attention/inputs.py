@@ -19,8 +19,8 @@ LAYOUTS = ("bshd", "bhsd", "packed", "v_transposed", "sliced", "expanded")
 _DIFFERENTIABLE = ("q", "k", "v", "attn_bias", "attn_sink")
 
 
+_EXACT_OPTIONS = ("attn_bias", "attn_sink")  # tensors that the oracle takes in fp64
 # A relative error of the sum of exponentials is an absolute one of its logarithm.
-_EXACT_OPTIONS = ("attn_bias", "attn_sink")
 LSE_TERMS = 1.0
 
 
@@ -463,6 +463,15 @@ CASES: list[AttentionCase | VarlenCase | DecodeCase | MergeCase] = [
     DecodeCase("decode, float8_e5m2, pages", cache_dtype=torch.float8_e5m2, page_size=4, window_size=(20, -1)),
     DecodeCase("decode, int4", groups=(1, 1), head_dim=64),
     DecodeCase("decode, int4, groups", groups=(4, 2), head_dim=64, head_dim_v=32, seqlen_q=2, sink=True),
+    DecodeCase(  # all weights are rounded the same way
+        "decode, int4, weights nearly alike",
+        groups=(1, 1),
+        lengths=None,
+        capacity=2048,
+        nheads_kv=1,
+        head_dim=64,
+        softmax_scale=2e-5,
+    ),
     DecodeCase("decode, int4, long", groups=(1, 1), lengths=(700, 1024), capacity=1024, head_dim=128, nheads_q=8),
     DecodeCase(
         "decode, int4, pages", groups=(1, 2), head_dim=40, page_size=4, window_size=(20, -1), lengths=(40, 7, 0)

@@ -133,14 +133,15 @@ _BACKWARD_BIAS = {
     128: BackwardConfig(32, 64, 4, 1),
     256: BackwardConfig(32, 32, 4, 1),
 }
-# By machine and width, and by how the cache is stored where that needs another. The figures are an H200's, GB/s of a
-# bf16 cache of the same keys: 64 x 8192, 1 x 131072, 16 x 32768 with 32 query and 8 KV heads, 128 x 2048 with 32.
+# By machine and width, and by how the cache is stored where that needs another. The figures are an H200's, calls in a
+# row, GB/s of a bf16 cache of the same keys: 64 x 8192, 1 x 131072, 16 x 32768 with 32 query and 8 KV heads, 128 x 2048
+# with 32.
 _DECODE: Mapping[_Key, DecodeConfig] = {
     ("hopper", 64): DecodeConfig(128, 4, 3),
     ("hopper", 128): DecodeConfig(128, 4, 3),  # 4564, 4269, 4609, 4584
     ("hopper", 128, "paged"): DecodeConfig(16, 1, 3, programs_per_processor=8),  # 4475, 4144, 4489, 4570: pages of 16
     ("hopper", 128, "bytes"): DecodeConfig(64, 2, 3, programs_per_processor=4),  # 8793, 7512, 8726, 8703: fp8
-    ("hopper", 128, "int4"): DecodeConfig(64, 1, 2, 32, programs_per_processor=8),  # 13815, 10937, 13835, 12728
+    ("hopper", 128, "int4"): DecodeConfig(64, 1, 2, programs_per_processor=8),  # 13815, 10937, 13835, 12728
     ("hopper", 256): DecodeConfig(32, 4, 3),
     ("ampere", 64): DecodeConfig(64, 4, 3),
     ("ampere", 128): DecodeConfig(32, 4, 3),
@@ -178,14 +179,18 @@ def backward_bias_config(problem: Problem) -> BackwardConfig:
     return _BACKWARD_FP32[width] if problem.q.dtype is torch.float32 else _BACKWARD_BIAS[width]
 
 
-def decode_config(q: Tensor, head_dim_v: int, *, paged: bool, bytes_stored: int, groups: int = 0) -> DecodeConfig:
-    """`bytes_stored`: of a number of V. `groups`: of features that an int4 cache scales apart; 0 for other caches."""
+def decode_config(
+    q: Tensor, head_dim_v: int, *, rows: int, paged: bool, bytes_stored: int, groups: int = 0
+) -> DecodeConfig:
+    """`rows`: queries times heads of a group. `bytes_stored`: of a number of V. `groups`: of features that an int4
+    cache scales apart; 0 for other caches.
+    """
     width = _width(q, head_dim_v)
     if q.dtype is torch.float32:
         return DecodeConfig(16 if width == 256 else 32, 4, 1, most_rows=16)
     machine = _machine(q)
     for stored, given in (
-        ("int4", groups == 1),
+        ("int4", groups == 1 and rows <= 8),
         ("paged", paged and groups == 0),
         ("bytes", bytes_stored == 1 and groups == 0),
     ):
@@ -196,5 +201,5 @@ def decode_config(q: Tensor, head_dim_v: int, *, paged: bool, bytes_stored: int,
         return config
     # A key has a quarter of the bytes, and every group products of its own; neither is measured.
     if groups == 1:
-        return replace(config, block_n=min(128, 2 * config.block_n), most_rows=16 if width == 256 else 32)
-    return replace(config, block_n=32, num_warps=1, most_rows=16, programs_per_processor=8)
+        return replace(config, block_n=min(128, 2 * config.block_n), most_rows=16)
+    return replace(config, block_n=32, num_warps=1, most_rows=8, programs_per_processor=8)

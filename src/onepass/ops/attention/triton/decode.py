@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onepass.core import device
-from onepass.core.triton_backend import Launcher, can_follow, multiprocessors
+from onepass.core.triton_backend import Launcher, is_hopper_or_newer, multiprocessors
 from onepass.core.triton_functions import let_next_begin, wait_for_previous
 from onepass.ops.attention.spec import check_cache_contents
 from onepass.ops.attention.triton import decode_int4
@@ -321,10 +321,12 @@ def decode(
     if not out.numel():
         return out, lse
     groups = 0 if pairs is None else max(x.shape[3] for x in pairs)
-    config = decode_config(q, head_dim_v, paged=page_table is not None, bytes_stored=v_cache.itemsize, groups=groups)
+    config = decode_config(
+        q, head_dim_v, rows=seqlen_q * group, paged=page_table is not None, bytes_stored=v_cache.itemsize, groups=groups
+    )
     nvidia = device.arch(q).startswith("sm_")
     least_rows = 8 if pairs is not None and nvidia else 16  # of a matrix instruction: int4's rows are its columns
-    block_m = min(config.most_rows, max(least_rows, 1 << (seqlen_q * group - 1).bit_length()))
+    block_m = max(least_rows, min(config.most_rows, 1 << (seqlen_q * group - 1).bit_length()))
     tiles = batch * nheads_kv * triton.cdiv(seqlen_q * group, block_m)
     blocks = max(1, triton.cdiv(capacity, config.block_n))
     splits = min(num_splits or _splits(tiles, blocks, q.device, config), blocks, config.most_splits)
@@ -344,7 +346,7 @@ def decode(
         "PAGE_SIZE": _known_page_size(k_cache, page_table),
         "LENGTHS": cache_seqlens is not None,
     }
-    followed = merges and can_follow(device.arch(q))
+    followed = merges and is_hopper_or_newer(device.arch(q))
     cut = {
         "FOLLOWED": followed,
         "PRECISION": "tf32" if device.allows_tf32(q) else "ieee",

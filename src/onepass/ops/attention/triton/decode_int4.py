@@ -3,7 +3,7 @@
 With a key's features as nibble * scale + shift, four of them in a 16-bit word, the first in its lowest bits:
 
     q . k       =  scale (q_0 . n_0 + q_1 . n_1 + q_2 . n_2 + q_3 . n_3) + shift sum(q)
-    (p v)_part  =  (p scale) n_part + sum(p shift)
+    (p v)_part  =  (p scale) n_part - 7.5 sum(p scale) + sum(p (shift + 7.5 scale))
 
 where n_part is the part's nibble of every word and q_part is every fourth feature of q. So nothing is shuffled:
 products of a quarter of the depth, outputs of a quarter of the width; and 16-bit words are what the hardware transposes
@@ -13,6 +13,10 @@ A nibble becomes a bf16 or an fp16 by a mask. The bits 0 to 7 of either read as 
 number, whether they fill the mantissa or reach into the exponent, and the matrix instructions of NVIDIA GPUs keep
 subnormal numbers: n in bits 0 to 3 is n LEAST, in bits 4 to 7 it is 16 n LEAST. What is multiplied with them is made
 large by a power of two, so that the products are ordinary numbers of fp32.
+
+p scale is rounded for its product. 7.5 times the sum of what it was rounded to, which comes from a product with ones,
+is taken off again: so what the rounding takes falls on values around 0, as in attention over other caches, and not on
+nibbles, which are all positive; weights that are nearly alike are all rounded the same way.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onepass.core import device
-from onepass.core.triton_backend import Launcher, can_prefetch
+from onepass.core.triton_backend import Launcher, is_hopper_or_newer
 from onepass.core.triton_functions import let_next_begin, prefetch
 from onepass.ops.attention.triton.problem import as_words, block_of
 from onepass.ops.attention.triton.tile import (
@@ -61,6 +65,16 @@ and.b32 $1, b, 0x000f000f;
 and.b32 $2, a, 0x00f000f0;
 and.b32 $3, b, 0x00f000f0;
 }""")
+
+
+MIDDLE: tl.constexpr = tl.constexpr(7.5)
+LIKE_ROWS: tl.constexpr = tl.constexpr(16)  # the fewest of a matrix instruction
+
+
+@triton.constexpr_function
+def _place(as_bits, part):
+    """What a part's nibbles are multiplied with to be n: 1 / 16 in bits 4 to 7."""
+    return 1 / 16 if as_bits and part % 2 else 1.0
 
 
 @triton.jit
@@ -104,7 +118,7 @@ def _scale_and_shift(ptrs, there):
 def _prefetch_share(sheet, first, stride_s, kv_head, inside, ROW: tl.constexpr, KEYS: tl.constexpr):
     """One head's share of all heads' KEYS keys from `first` on, if those are `inside`. ROW: words or bytes of a head.
 
-    A head's own part of a key is 64 bytes at head_dim 128; memory gives such pieces at half of its speed, and what the
+    A head's own part of a key is 64 bytes at head_dim 128; memory gives such pieces at 0.6 of its speed, and what the
     programs of all heads, which run at the same time, ask for together at nearly all of it.
     """
     BYTES: tl.constexpr = KEYS * ROW * (sheet.dtype.element_ty.primitive_bitwidth // 8)
@@ -114,7 +128,7 @@ def _prefetch_share(sheet, first, stride_s, kv_head, inside, ROW: tl.constexpr, 
 
 @triton.jit
 def _attend(
-    q_parts, q_sum, accs, flat, largest, total, k_base, v_base, k_pairs, v_pairs, page_table_ptrs,
+    q_parts, q_sum, accs, weights, flat, largest, total, k_base, v_base, k_pairs, v_pairs, page_table_ptrs,
     start, end, length, stride_kb, stride_ks, stride_kd, stride_vb, stride_vs, stride_vd,
     stride_kpb, stride_kps, stride_kpg, stride_vpb, stride_vps, stride_vpg, page_size, pages, row,
     slope, shift, window_left, window_right, scale, q_power, softcap, kv_head, k_sheet, v_sheet,
@@ -127,13 +141,18 @@ def _attend(
 ):  # fmt: skip
     """The keys from start to end; in EDGE blocks some are unseen, or are not stored.
 
-    COLS_K, ROWS_V: words or bytes of a group. flat: what shifts add. q_parts and q_sum are of queries / q_power, the
+    COLS_K, ROWS_V: words or bytes of a group. weights: what nibbles are multiplied with, summed; its rows are alike.
+    flat: what the middles of values add. q_parts and q_sum are of queries / q_power, the
     products of q_parts in units of 1 / K_UNIT.
     """
     ADJUSTED: tl.constexpr = SOFTCAP or ALIBI
     col_k = tl.arange(0, BLOCK_K)[None, :]
     row_v = tl.arange(0, BLOCK_V)[:, None]
     lane = tl.arange(0, BLOCK_N)
+    if AS_BITS:
+        ones = tl.full((LIKE_ROWS, BLOCK_N), 1, tl.int16).to(DTYPE, bitcast=True)
+    else:
+        ones = tl.full((LIKE_ROWS, BLOCK_N), 1.0, DTYPE)
     if PAGE_SIZE:
         page_size = PAGE_SIZE
     IN_ONE: tl.constexpr = lies_in_one(PAGED, PAGE_SIZE, BLOCK_N)
@@ -193,7 +212,7 @@ def _attend(
                 seen = seen & visible(row[None, :], key[:, None], shift, window_left, window_right, LEFT, RIGHT)
             s = tl.where(seen, s, -float("inf"))
         p, correction, largest, total = softmax_step(s, LOG2_E if ADJUSTED else LOG2_E * q_power, largest, total, 0)
-        new_accs, new_flat = (), ()
+        new_accs, new_weights, new_flat = (), (), ()
         for group in tl.static_range(V_GROUPS):
             v_scale, v_shift = _scale_and_shift(
                 v_pairs + (page * stride_vpb + place * stride_vps + tl.cast(group, tl.int64) * stride_vpg), read
@@ -207,9 +226,12 @@ def _attend(
             for part in tl.static_range(PARTS_V):
                 acc = accs[group * PARTS_V + part] * correction[None, :]
                 new_accs = new_accs + (tl.dot(nibbles[part], scaled, acc, input_precision=PRECISION),)  # noqa: RUF005
-            new_flat = new_flat + (flat[group] * correction + tl.sum(p * v_shift[:, None], 0),)  # noqa: RUF005
-        accs, flat = new_accs, new_flat
-    return accs, flat, largest, total
+            acc = weights[group] * correction[None, :]
+            new_weights = new_weights + (tl.dot(ones, scaled, acc, input_precision=PRECISION),)  # noqa: RUF005
+            centre = v_shift + MIDDLE * v_scale
+            new_flat = new_flat + (flat[group] * correction + tl.sum(p * centre[:, None], 0),)  # noqa: RUF005
+        accs, weights, flat = new_accs, new_weights, new_flat
+    return accs, weights, flat, largest, total
 
 
 @triton.jit
@@ -279,23 +301,24 @@ def _decode_int4_kernel(
         for part in tl.static_range(PARTS_K):
             some = q_tiles[group * PARTS_K + part] / q_power[None, :]
             added += tl.sum(some, 0)
-            q_parts = q_parts + ((some * (Q_LIFT / 16 if AS_BITS and part % 2 else Q_LIFT)).to(DTYPE),)  # noqa: RUF005
+            q_parts = q_parts + ((some * (Q_LIFT * _place(AS_BITS, part))).to(DTYPE),)  # noqa: RUF005
         q_sum = q_sum + (added,)  # noqa: RUF005
     slope = tl.zeros((1, BLOCK_M), tl.float32)
     if ALIBI:
         slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah)[None, :]
-    accs, flat = (), ()
+    accs, weights, flat = (), (), ()
     for _ in tl.static_range(V_GROUPS):
         for _ in tl.static_range(PARTS_V):
             accs = accs + (tl.zeros((BLOCK_V, BLOCK_M), tl.float32),)  # noqa: RUF005
+        weights = weights + (tl.zeros((LIKE_ROWS, BLOCK_M), tl.float32),)  # noqa: RUF005
         flat = flat + (tl.zeros((BLOCK_M,), tl.float32),)  # noqa: RUF005
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     # Before the inner blocks (only a window has such), those, and after them.
     for part in tl.static_range(0 if LEFT else 1, 3):
         first, last = part_of(part, start, inner_start, inner_end, end, end)
-        accs, flat, largest, total = _attend(
-            q_parts, q_sum, accs, flat, largest, total,
+        accs, weights, flat, largest, total = _attend(
+            q_parts, q_sum, accs, weights, flat, largest, total,
             k_sheet + kv_head * stride_kh, v_sheet + kv_head * stride_vh,
             k_pairs_sheet + kv_head * stride_kph, v_pairs_sheet + kv_head * stride_vph, page_table_ptrs,
             first, last, length, stride_kb, stride_ks, stride_kd, stride_vb, stride_vs, stride_vd,
@@ -313,17 +336,18 @@ def _decode_int4_kernel(
     row_v = tl.arange(0, BLOCK_V)[:, None]
     mask = there[None, :] & (row_v < ROWS_V)
     for group in tl.static_range(V_GROUPS):
+        middle = flat[group] - tl.max(weights[group], 0) * (MIDDLE / (LEAST * P_LIFT))
         for part in tl.static_range(PARTS_V):
             out_ptrs = out_ptr + at[None, :] * HEAD_DIM_V + PARTS_V * (group * ROWS_V + row_v) + part
-            acc = accs[group * PARTS_V + part] * ((1 / 16 if AS_BITS and part % 2 else 1.0) / (LEAST * P_LIFT))
-            out = (acc + flat[group][None, :]) * weight[None, :]
+            acc = accs[group * PARTS_V + part] * (_place(AS_BITS, part) / (LEAST * P_LIFT))
+            out = (acc + middle[None, :]) * weight[None, :]
             tl.store(out_ptrs, out, mask=mask)
 
 
 _decode_int4 = Launcher(_decode_int4_kernel)
 # The least subnormal number of a dtype, by what queries below 2 are multiplied and by what weights times scales (of
 # fp16, so up to 65504): products with it are then ordinary numbers of fp32.
-_LIFTS = {torch.bfloat16: (2.0**-133, 2.0**60, 2.0**100), torch.float16: (2.0**-24, 2.0**14, 1.0)}
+_LIFTS = {torch.bfloat16: (2.0**-133, 2.0**120, 2.0**100), torch.float16: (2.0**-24, 2.0**14, 1.0)}
 
 
 def run(
@@ -366,7 +390,7 @@ def _operands(q: Tensor) -> dict[str, Any]:
 def _side_by_side(*caches: Tensor) -> bool:
     """Whether the heads of a key lie one after the other in each cache, and the keys; where that can be prefetched."""
     return (
-        can_prefetch(device.arch(caches[0]))
+        is_hopper_or_newer(device.arch(caches[0]))
         and caches[0].shape[2] > 1
         and all(
             x.stride()[1:] == (x.shape[2] * x.shape[3], x.shape[3], 1)

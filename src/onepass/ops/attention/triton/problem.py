@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from onepass.core import device
-from onepass.core.triton_backend import aligned, has_tma
+from onepass.core.triton_backend import aligned, is_hopper_or_newer
 
 LOG2_E = math.log2(math.e)
 FAR = 1 << 30  # windows are clamped here, so that 32-bit index arithmetic cannot overflow
@@ -191,7 +191,7 @@ def walked(x: Tensor, block: int) -> Walked:
     """
     batch, seqlen, nheads, head_dim = x.shape
     stride_b, stride_s, stride_h, stride_d = x.stride()
-    if not has_tma(device.arch(x)) or seqlen < TMA_SEQLEN or head_dim != block_of(head_dim) or stride_d != 1:
+    if not is_hopper_or_newer(device.arch(x)) or seqlen < TMA_SEQLEN or head_dim != block_of(head_dim) or stride_d != 1:
         return BY_POINTERS
     heads_in_row = stride_h < stride_s
     if (
