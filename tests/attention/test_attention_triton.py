@@ -188,7 +188,7 @@ def _fault(launch: aot.Launch, target: str, kernel: aot.Compiled) -> str:
         if not floats and tiled and len(re.findall(wanted, kernel.text)) < _PRODUCTS[launch.name]:
             return f"no matrix instructions {wanted}"
         everything = launch.constants["SOFTCAP"] and launch.constants["ALIBI"]
-        if target in ("sm_80", "sm_90") and not everything and not floats and kernel.local > _spills(launch):
+        if target in ("sm_80", "sm_90") and not everything and kernel.local > _spills(launch):
             return f"{kernel.local} bytes of local memory"
     return ""
 

@@ -93,7 +93,9 @@ _FORWARD: Mapping[_Key, ForwardConfig] = {
     ("amd", 128): ForwardConfig(128, 64, 4, 1),
     ("amd", 256): ForwardConfig(64, 32, 4, 1),
 }
-_FORWARD_FP32 = {64: ForwardConfig(64, 32, 4, 1), 128: ForwardConfig(32, 32, 4, 1), 256: ForwardConfig(16, 16, 4, 1)}
+# fp32 products are multiply-adds, whose operands lie in registers: at head_dim 128 the backward spills 16 bytes, at 256
+# 304.
+_FORWARD_FP32 = {64: ForwardConfig(64, 32, 8, 1), 128: ForwardConfig(32, 32, 8, 1), 256: ForwardConfig(16, 16, 4, 1)}
 
 # For dk and dv: keys are held, queries walked.
 _BACKWARD_KEYS: Mapping[_Key, BackwardConfig] = {
@@ -123,9 +125,9 @@ _BACKWARD_QUERIES: Mapping[_Key, BackwardConfig] = {
     ("amd", 256): BackwardConfig(32, 16, 4, 1),
 }
 _BACKWARD_FP32 = {
-    64: BackwardConfig(32, 32, 4, 1),
-    128: BackwardConfig(16, 32, 4, 1),
-    256: BackwardConfig(16, 16, 4, 1),
+    64: BackwardConfig(32, 32, 8, 1),
+    128: BackwardConfig(16, 16, 8, 1),
+    256: BackwardConfig(16, 16, 8, 1),
 }
 # For dbias: a tile of it is held; stages are not used.
 _BACKWARD_BIAS = {
@@ -187,7 +189,7 @@ def decode_config(
     """
     width = _width(q, head_dim_v)
     if q.dtype is torch.float32:
-        return DecodeConfig(16 if width == 256 else 32, 4, 1, most_rows=16)
+        return DecodeConfig(16 if width == 256 or groups else 32, 4, 1, most_rows=16)
     machine = _machine(q)
     for stored, given in (
         ("int4", groups == 1 and rows <= 8),
