@@ -198,10 +198,13 @@ def _spills(launch: aot.Launch) -> int:
 
     There tiles that spill a little, almost all of it outside the loops, are a third faster than the largest without.
     """
+    measured = version("triton").startswith("3.6.")
+    if launch.name == "_decode_int4_kernel":  # 3.9 spills before and after the loops, nothing in them
+        return 0 if measured else 96
     if launch.name != "_keys_bwd_kernel" or not (launch.constants["BLOCK_D"] > 128 or launch.constants["VARLEN"]):
         return 0
     # Triton 3.9 reads 11 spilled registers in a loop of 702 instructions where 3.6, the measured one, reads 3 of 561.
-    return 96 if version("triton").startswith("3.6.") else 160
+    return 96 if measured else 160
 
 
 def test_compiles_for_every_target() -> None:
