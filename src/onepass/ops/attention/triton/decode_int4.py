@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onepass.core import device
-from onepass.core.triton_backend import Launcher, is_hopper_or_newer
+from onepass.core.triton_backend import Launcher, aligned, is_hopper_or_newer
 from onepass.core.triton_functions import let_next_begin, prefetch
 from onepass.ops.attention.triton.problem import as_words, block_of
 from onepass.ops.attention.triton.tile import (
@@ -127,6 +127,17 @@ def _prefetch_share(sheet, first, stride_s, kv_head, inside, ROW: tl.constexpr, 
 
 
 @triton.jit
+def _prefetch_block(
+    k_sheet, v_sheet, first, end, stride_ks, stride_vs, kv_head,
+    K_ROW: tl.constexpr, V_ROW: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """This head's share of the keys and values of a whole block before `end`."""
+    inside = first + BLOCK_N <= end
+    _prefetch_share(k_sheet, first, stride_ks, kv_head, inside, K_ROW, BLOCK_N)
+    _prefetch_share(v_sheet, first, stride_vs, kv_head, inside, V_ROW, BLOCK_N)
+
+
+@triton.jit
 def _attend(
     q_parts, q_sum, accs, weights, flat, largest, total, k_base, v_base, k_pairs, v_pairs, page_table_ptrs,
     start, end, length, stride_kb, stride_ks, stride_kd, stride_vb, stride_vs, stride_vd,
@@ -167,9 +178,10 @@ def _attend(
         next_page = page_entries(page_table_ptrs, start if IN_ONE else start + lane, length, page_size)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         if TOGETHER:
-            inside = first + 2 * BLOCK_N <= end
-            _prefetch_share(k_sheet, first + BLOCK_N, stride_ks, kv_head, inside, K_GROUPS * COLS_K, BLOCK_N)
-            _prefetch_share(v_sheet, first + BLOCK_N, stride_vs, kv_head, inside, V_GROUPS * ROWS_V, BLOCK_N)
+            _prefetch_block(
+                k_sheet, v_sheet, first + BLOCK_N, end, stride_ks, stride_vs, kv_head,
+                K_GROUPS * COLS_K, V_GROUPS * ROWS_V, BLOCK_N,
+            )  # fmt: skip
         key = first + lane
         there = key < length if EDGE else tl.full((BLOCK_N,), 1, tl.int1)
         read = there
@@ -283,8 +295,10 @@ def _decode_int4_kernel(
         k_pairs_sheet += batch * stride_kpb
         v_pairs_sheet += batch * stride_vpb
     if TOGETHER:
-        _prefetch_share(k_sheet, start, stride_ks, kv_head, start + BLOCK_N <= end, K_GROUPS * COLS_K, BLOCK_N)
-        _prefetch_share(v_sheet, start, stride_vs, kv_head, start + BLOCK_N <= end, V_GROUPS * ROWS_V, BLOCK_N)
+        _prefetch_block(
+            k_sheet, v_sheet, start, end, stride_ks, stride_vs, kv_head,
+            K_GROUPS * COLS_K, V_GROUPS * ROWS_V, BLOCK_N,
+        )  # fmt: skip
     q_base = q_ptr + batch * stride_qb + (row_read * stride_qs + head * stride_qh)[None, :]
     col_k = tl.arange(0, BLOCK_K)[:, None]
     q_tiles, largest_q = (), tl.zeros((BLOCK_M,), tl.float32)
@@ -394,8 +408,7 @@ def _side_by_side(*caches: Tensor) -> bool:
         and caches[0].shape[2] > 1
         and all(
             x.stride()[1:] == (x.shape[2] * x.shape[3], x.shape[3], 1)
-            and x.stride(0) * x.itemsize % 16 == 0
-            and x.data_ptr() % 16 == 0
+            and aligned(x.data_ptr(), x.stride(0) * x.itemsize)
             for x in caches
         )
     )
