@@ -16,7 +16,8 @@ large by a power of two, so that the products are ordinary numbers of fp32.
 
 p scale is rounded for its product. 7.5 times the sum of what it was rounded to, which comes from a product with ones,
 is taken off again: so what the rounding takes falls on values around 0, as in attention over other caches, and not on
-nibbles, which are all positive; weights that are nearly alike are all rounded the same way.
+nibbles, which are all positive; weights that are nearly alike are all rounded the same way. Nibbles that become numbers
+before their products (fp32, AMD) become n - 7.5, which is exact, and nothing is taken off at the end.
 """
 
 from __future__ import annotations
@@ -79,12 +80,13 @@ def _place(as_bits, part):
 
 @triton.jit
 def _nibbles(x, dtype: tl.constexpr, PARTS: tl.constexpr, AS_BITS: tl.constexpr, NVIDIA: tl.constexpr):
-    """The parts of words (4) or bytes (2), the lowest bits first: n, or with AS_BITS n and 16 n in turn, as bits."""
+    """The parts of words (4) or bytes (2), lowest bits first: n - 7.5, or with AS_BITS n and 16 n in turn, as bits."""
     if not AS_BITS:
+        a, b = (x & 15).to(dtype) - MIDDLE, ((x >> 4) & 15).to(dtype) - MIDDLE
         if PARTS == 4:
-            return (x & 15).to(dtype), ((x >> 4) & 15).to(dtype), ((x >> 8) & 15).to(dtype), ((x >> 12) & 15).to(dtype)
+            return a, b, ((x >> 8) & 15).to(dtype) - MIDDLE, ((x >> 12) & 15).to(dtype) - MIDDLE
         else:
-            return (x & 15).to(dtype), (x >> 4).to(dtype)
+            return a, b
     elif PARTS == 4:
         if NVIDIA:
             a, b, c, d = tl.inline_asm_elementwise(
@@ -152,9 +154,9 @@ def _attend(
 ):  # fmt: skip
     """The keys from start to end; in EDGE blocks some are unseen, or are not stored.
 
-    COLS_K, ROWS_V: words or bytes of a group. weights: what nibbles are multiplied with, summed; its rows are alike.
-    flat: what the middles of values add. q_parts and q_sum are of queries / q_power, the
-    products of q_parts in units of 1 / K_UNIT.
+    COLS_K, ROWS_V: words or bytes of a group. weights: with AS_BITS what nibbles are multiplied with, summed; its rows
+    are alike. flat: what the middles of values add. q_parts and q_sum are of queries / q_power, the products of q_parts
+    in units of 1 / K_UNIT.
     """
     ADJUSTED: tl.constexpr = SOFTCAP or ALIBI
     col_k = tl.arange(0, BLOCK_K)[None, :]
@@ -162,8 +164,6 @@ def _attend(
     lane = tl.arange(0, BLOCK_N)
     if AS_BITS:
         ones = tl.full((LIKE_ROWS, BLOCK_N), 1, tl.int16).to(DTYPE, bitcast=True)
-    else:
-        ones = tl.full((LIKE_ROWS, BLOCK_N), 1.0, DTYPE)
     if PAGE_SIZE:
         page_size = PAGE_SIZE
     IN_ONE: tl.constexpr = lies_in_one(PAGED, PAGE_SIZE, BLOCK_N)
@@ -204,6 +204,8 @@ def _attend(
                 k_ptrs + (at_k + tl.cast(group * COLS_K, tl.int64) * stride_kd), read[:, None], col_k < COLS_K,
                 EDGE or PAGED, COLS_K != BLOCK_K,
             )  # fmt: skip
+            if not AS_BITS:
+                k_shift += MIDDLE * k_scale
             nibbles = _nibbles(k, DTYPE, PARTS_K, AS_BITS, NVIDIA)
             product = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for part in tl.static_range(PARTS_K):
@@ -238,8 +240,9 @@ def _attend(
             for part in tl.static_range(PARTS_V):
                 acc = accs[group * PARTS_V + part] * correction[None, :]
                 new_accs = new_accs + (tl.dot(nibbles[part], scaled, acc, input_precision=PRECISION),)  # noqa: RUF005
-            acc = weights[group] * correction[None, :]
-            new_weights = new_weights + (tl.dot(ones, scaled, acc, input_precision=PRECISION),)  # noqa: RUF005
+            if AS_BITS:
+                acc = weights[group] * correction[None, :]
+                new_weights = new_weights + (tl.dot(ones, scaled, acc),)  # noqa: RUF005
             centre = v_shift + MIDDLE * v_scale
             new_flat = new_flat + (flat[group] * correction + tl.sum(p * centre[:, None], 0),)  # noqa: RUF005
         accs, weights, flat = new_accs, new_weights, new_flat
@@ -324,7 +327,8 @@ def _decode_int4_kernel(
     for _ in tl.static_range(V_GROUPS):
         for _ in tl.static_range(PARTS_V):
             accs = accs + (tl.zeros((BLOCK_V, BLOCK_M), tl.float32),)  # noqa: RUF005
-        weights = weights + (tl.zeros((LIKE_ROWS, BLOCK_M), tl.float32),)  # noqa: RUF005
+        if AS_BITS:
+            weights = weights + (tl.zeros((LIKE_ROWS, BLOCK_M), tl.float32),)  # noqa: RUF005
         flat = flat + (tl.zeros((BLOCK_M,), tl.float32),)  # noqa: RUF005
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -350,7 +354,9 @@ def _decode_int4_kernel(
     row_v = tl.arange(0, BLOCK_V)[:, None]
     mask = there[None, :] & (row_v < ROWS_V)
     for group in tl.static_range(V_GROUPS):
-        middle = flat[group] - tl.max(weights[group], 0) * (MIDDLE / (LEAST * P_LIFT))
+        middle = flat[group]
+        if AS_BITS:
+            middle -= tl.max(weights[group], 0) * (MIDDLE / (LEAST * P_LIFT))
         for part in tl.static_range(PARTS_V):
             out_ptrs = out_ptr + at[None, :] * HEAD_DIM_V + PARTS_V * (group * ROWS_V + row_v) + part
             acc = accs[group * PARTS_V + part] * (_place(AS_BITS, part) / (LEAST * P_LIFT))
