@@ -11,17 +11,22 @@ import zlib
 import pytest
 import torch
 
-from onepass.testing import aot, parametrize
+from onepass.core import env
+from onepass.testing import aot, interpreter, parametrize
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="replay a run: the seed that its first lines print")
     parser.addoption("--aot-targets", default="", help="GPUs that kernels are compiled for, sm_90,gfx950,...; all")
+    parser.addoption("--aot-in-turn", action="store_true", help="each launch for one of those GPUs only, in turn")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if env.triton_interpreted() and importlib.util.find_spec("triton") is not None:
+        interpreter.patch_language_once()
     if config.option.aot_targets:
         aot.TARGETS = {name: aot.TARGETS[name] for name in config.option.aot_targets.split(",")}
+    aot.IN_TURN = config.option.aot_in_turn
     if config.option.seed is None:
         config.option.seed = int(torch.empty((), dtype=torch.int64).random_(0, 2**31, generator=_fresh()))
     if getattr(config.option, "hypothesisseed", None) is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import onepass
+from onepass.core import env
 from onepass.ops.cross_entropy import kernels, linear, linear_plan
 from onepass.ops.cross_entropy.carry import empty_lower
 from onepass.ops.cross_entropy.inputs import LinearCase, Options
@@ -50,8 +51,16 @@ def small_strips(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     ids=lambda case: case.name,
 )
 def test_strips_are_within_budget(
-    case: LinearCase, small_strips: list[int], fused: str, device: str, dtype: torch.dtype, seed: int
+    request: pytest.FixtureRequest,
+    case: LinearCase,
+    small_strips: list[int],
+    fused: str,
+    device: str,
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
+    if env.triton_interpreted() and dtype is not torch.float32 and "20-bit" not in request.node.name:
+        pytest.skip("Triton's interpreter takes long, and has done this carry in float32")
     inputs = case.inputs(dtype, device, torch.Generator().manual_seed(seed))
     with numerics.nan_filled_memory():
         comparisons = numerics.compare_inputs(case, inputs, fused)

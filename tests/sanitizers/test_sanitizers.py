@@ -1,5 +1,5 @@
-"""The C++ kernels under AddressSanitizer and UBSan: out-of-bounds reads and writes and undefined arithmetic end the
-run.
+"""The C++ kernels under AddressSanitizer, and those of the first instruction set under UBSan: out-of-bounds reads and
+writes and undefined arithmetic end the run.
 """
 
 import os

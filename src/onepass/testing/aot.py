@@ -38,6 +38,7 @@ TARGETS: Mapping[str, tuple[str, int | str, int]] = {
     "gfx942": ("hip", "gfx942", 64),
     "gfx950": ("hip", "gfx950", 64),
 }
+IN_TURN = False  # each launch for one of TARGETS only, for the next one after the launch before it
 _POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -191,14 +192,15 @@ def _no_fault(launch: Launch, target: str, kernel: Compiled) -> str:
 
 
 def assert_every_kernel_compiles(package: str, call: Callable[[], Any], fault: Fault = _no_fault) -> None:
-    """The launches of `call` reach every kernel of a package, and compile for all of TARGETS within their memory."""
+    """The launches of `call` reach every kernel of a package, and compile for TARGETS within their memory."""
     _work[:] = []
     _fault[:] = [fault]
     reached: set[tuple[str, str]] = set()
-    for target, (backend, _, _) in TARGETS.items():
+    for turn, (target, (backend, _, _)) in enumerate(TARGETS.items()):
         launches = recorded(call, target)
         reached |= {_place(launch.kernel) for launch in launches}
-        _work.extend((launch, target) for launch in launches if launch.targets in ("", backend))
+        taken = launches[turn :: len(TARGETS)] if IN_TURN else launches
+        _work.extend((launch, target) for launch in taken if launch.targets in ("", backend))
     found = {_place(launcher.kernel) for launcher in _launchers(package)}
     assert found == reached, f"not launched: {sorted(found - reached)}; not in {package}: {sorted(reached - found)}"
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
