@@ -1,4 +1,6 @@
-"""How the attention kernels are cut. Every constant that tuning may change is here."""
+"""How the attention kernels are cut. Every constant that tuning may change is here; scripts/tune_attention.py times
+others.
+"""
 
 from __future__ import annotations
 
