@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import onepass
-from onepass.ops.attention.inputs import rounding_terms
+from onepass.ops.attention.error_terms import rounding_terms
 from onepass.testing import numerics
 from onepass.testing.inputs import normal
 

@@ -11,17 +11,13 @@ from onepass.core import kv_formats
 from onepass.core.registry import explain
 from onepass.ops.attention import inputs_varlen, kernels, spec
 from onepass.ops.attention.api import attention, attention_decode, merge_attention
+from onepass.ops.attention.error_terms import LSE_TERMS, rounding_terms
 from onepass.ops.attention.inputs_varlen import VarlenCase
 from onepass.ops.quantize.api import quantize_kv_int4
 from onepass.testing.inputs import normal
 
 LAYOUTS = ("bshd", "bhsd", "packed", "v_transposed", "sliced", "expanded")
 _DIFFERENTIABLE = ("q", "k", "v", "attn_bias", "attn_sink")
-
-
-_EXACT_OPTIONS = ("attn_bias", "attn_sink")  # tensors that the oracle takes in fp64
-# A relative error of the sum of exponentials is an absolute one of its logarithm.
-LSE_TERMS = 1.0
 
 
 @dataclass(frozen=True)
@@ -159,51 +155,6 @@ class AttentionCase:
             if all(choice.backend == backend for choice in verdict):
                 able.append(backend)
         return able
-
-
-def rounding_terms(inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, float]:
-    """The terms of the budget (docs/numerics.md) by result. `inputs`: q, k, v, do, and where there are such dlse, the
-    bias and the sink; `options`: keyword arguments of `attention`.
-    """
-    exact = {name: x.double() for name, x in inputs.items() if name in ("q", "k", "v", "do", "dlse", *_EXACT_OPTIONS)}
-    q, k, v, do = (exact[name] for name in ("q", "k", "v", "do"))
-    options = {**options, **{name: exact[name] for name in _EXACT_OPTIONS if name in exact}}
-    one_hot = torch.eye(k.shape[1], dtype=v.dtype, device=v.device)[None, :, None, :]
-    one_hot = one_hot.expand(k.shape[0], -1, k.shape[2], -1)
-    p, lse = attention(q, k, one_hot, **options, return_lse=True, backend="reference")
-    p = p.transpose(1, 2)
-    # p is exp(score - maximum), and in the backward exp(score - lse): what rounding takes from a score, p loses
-    # relative to itself.
-    rounded = p * (1.0 + lse.abs().nan_to_num(posinf=0.0).unsqueeze(-1))
-    group = q.shape[2] // k.shape[2]
-    k, v = (x.transpose(1, 2).abs().repeat_interleave(group, 1) for x in (k, v))
-    do = do.transpose(1, 2).abs()
-    delta = (do * (p @ v)).sum(-1, keepdim=True)
-    if "dlse" in exact:
-        delta = delta + exact["dlse"].abs().unsqueeze(-1)
-    ds = rounded * (do @ v.mT + delta)
-    # delta is computed from out as it is stored.
-    eps = torch.finfo(inputs["q"].dtype).eps / torch.finfo(torch.float32).eps
-    delta_rounding = (do * (p @ v)).sum(-1) * (eps / 2)
-    dbias, dsink = ds, torch.zeros(1)
-    if "attn_bias" in inputs:
-        if inputs["attn_bias"].dtype != inputs["q"].dtype:  # finer than delta
-            dbias = ds + p * delta_rounding.unsqueeze(-1)
-        dbias = dbias.sum([dim for dim in range(4) if inputs["attn_bias"].shape[dim] == 1], keepdim=True)
-    if "attn_sink" in exact:
-        weight = torch.exp(exact["attn_sink"].view(-1, 1) - lse) * (1.0 + lse.abs())
-        dsink = (weight * (delta.squeeze(-1) + delta_rounding)).nan_to_num().sum((0, 2))
-    given = options.get("softmax_scale")
-    scale = abs(q.shape[3] ** -0.5 if given is None else given)
-    return {
-        "lse": LSE_TERMS,
-        "out": float((rounded @ v).max()),
-        "dq": scale * float((ds @ k).max()),
-        "dk": scale * float((ds.mT @ q.transpose(1, 2).abs()).max()),
-        "dv": float((rounded.mT @ do).max()),
-        "dattn_bias": float(dbias.max()),
-        "dattn_sink": float(dsink.max()),
-    }
 
 
 def _quantized(cache: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

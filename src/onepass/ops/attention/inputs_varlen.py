@@ -11,9 +11,9 @@ from onepass.core.registry import explain
 from onepass.ops.attention import kernels, spec
 from onepass.ops.attention.api import attention
 from onepass.ops.attention.api_varlen import attention_varlen
+from onepass.ops.attention.error_terms import LSE_TERMS, sizes_of_terms
 from onepass.testing.inputs import normal
 
-LSE_TERMS = 1.0  # as in inputs.py
 LAYOUTS = ("shd", "hsd", "fused", "sliced")
 _DIFFERENTIABLE = ("q", "k", "v", "attn_bias", "attn_sink")
 
@@ -183,29 +183,22 @@ class VarlenCase:
         all_p, all_lse = attention_varlen(
             *self.tensors({**used, "v": one_hot}), **self.options(used), return_lse=True, backend="reference"
         )
-        scale = abs(self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale)
+        scale = self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
         group, first_q, first_k = self.nheads_q // self.nheads_kv, 0, 0
         found = dict.fromkeys(("out", "dq", "dk", "dv", "dattn_bias"), 0.0)
         for length_q, length_k, keys in zip(self.seqlens_q, self.seqlens_k, self.keys, strict=True):
             queries = slice(first_q, first_q + length_q)
             if length_q and keys:
-                q, do = (used[name][queries].transpose(0, 1).abs() for name in ("q", "do"))
+                q, do = (used[name][queries].transpose(0, 1) for name in ("q", "do"))
                 k, v = (
-                    used[name][first_k : first_k + keys].transpose(0, 1).abs().repeat_interleave(group, 0)
+                    used[name][first_k : first_k + keys].transpose(0, 1).repeat_interleave(group, 0)
                     for name in ("k", "v")
                 )
                 p = all_p[queries].transpose(0, 1)[..., :keys]
-                rounded = p * (1.0 + all_lse[:, queries].abs().nan_to_num(posinf=0.0).unsqueeze(-1))
-                dlse = used["dlse"][:, queries].abs().unsqueeze(-1)
-                ds = rounded * (do @ v.mT + (do * (p @ v)).sum(-1, keepdim=True) + dlse)
-                for name, terms in (
-                    ("out", rounded @ v),
-                    ("dq", scale * ds @ k),
-                    ("dk", scale * ds.mT @ q),
-                    ("dv", rounded.mT @ do),
-                    ("dattn_bias", ds),
-                ):
-                    found[name] = max(found[name], float(terms.max()))
+                terms = sizes_of_terms(p, all_lse[:, queries], q, k, v, do, used["dlse"][:, queries], scale)
+                terms["dattn_bias"] = terms.pop("ds")
+                for name, size in terms.items():
+                    found[name] = max(found[name], float(size.max()))
             first_q, first_k = first_q + length_q, first_k + length_k
         return {"lse": LSE_TERMS, **found}
 

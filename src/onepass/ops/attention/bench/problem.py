@@ -15,7 +15,7 @@ from torch import Tensor
 import onepass
 from onepass.bench.problems import BACKWARD, BOTH, FORWARD
 from onepass.bench.registry import Value
-from onepass.ops.attention.inputs import rounding_terms
+from onepass.ops.attention.error_terms import rounding_terms
 
 # Five matrix products where the forward has two.
 FLOPS = {FORWARD: 1.0, BACKWARD: 2.5, BOTH: 3.5}
