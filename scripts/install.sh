@@ -75,13 +75,26 @@ keep_triton() {
     fi
 }
 
+# Compiles beside the downloads of the others.
+begin_wheel() {
+    echo "onepass: building the wheel"
+    rm -f dist/onepass-*.whl
+    "$VENV/bin/python" -m pip wheel --quiet --no-deps --wheel-dir dist . &
+    WHEEL=$!
+    trap 'kill "$WHEEL" 2>/dev/null || true' EXIT
+}
+
+end_wheel() {
+    wait "$WHEEL" || fail "the wheel was not built; what went wrong stands above."
+    trap - EXIT
+}
+
 check_machine
 make_venv
+begin_wheel
 install_torch
 [ "$EXTRAS" != dev ] || install_triton
-echo "onepass: building the wheel"
-rm -f dist/onepass-*.whl
-"$VENV/bin/python" -m pip wheel --quiet --no-deps --wheel-dir dist .
+end_wheel
 echo "onepass: installing onepass[$EXTRAS]"
 # Its requirements first, where they are missing; then the wheel itself, which may differ from an installed one of the same version.
 "$VENV/bin/python" -m pip install --quiet "$(echo dist/onepass-*.whl)[$EXTRAS]"
