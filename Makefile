@@ -26,7 +26,7 @@ demo: $(VENV)/.installed-cli
 	$(BIN)/onepass demo --threads $(THREADS)
 
 test: lint
-	$(BIN)/python -m pytest -q tests $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q tests $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ are skipped where there is no GPU.
 
 import importlib
 import importlib.util
+import itertools
 import zlib
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from onepass.core import env
 from onepass.testing import aot, interpreter, parametrize
+from onepass.testing.background import Background
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,6 +48,29 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
     if exitstatus:
         terminalreporter.write_line(f"replay with --seed {config.option.seed}")
+
+
+_BACKGROUND = pytest.StashKey[Background]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Test files that have a function `begin` begin their work beside the others' tests."""
+    if session.config.option.collectonly:
+        return
+    session.config.stash[_BACKGROUND] = Background()
+    for module, items in itertools.groupby(session.items, lambda item: getattr(item, "module", None)):
+        if hasattr(module, "begin"):
+            module.begin(session.config.stash[_BACKGROUND], list(items))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _BACKGROUND in session.config.stash:
+        session.config.stash[_BACKGROUND].end()
+
+
+@pytest.fixture(scope="session")
+def background(request: pytest.FixtureRequest) -> Background:
+    return request.config.stash[_BACKGROUND]
 
 
 @pytest.fixture

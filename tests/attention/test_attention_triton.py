@@ -142,7 +142,6 @@ def _launch() -> None:
     _attend(64, 64, torch.float32, _CAUSAL)
     _attend_packed(128, 128, torch.bfloat16, _CAUSAL)
     _attend_packed(64, 64, torch.bfloat16, _PLAIN)
-    _attend_packed(40, 72, torch.float16, _EVERYTHING)
     _prefill(128, 16, _CAUSAL)
     _prefill(64, 256, {"softcap": 5.0})
     for paged in (False, True):
@@ -158,6 +157,7 @@ def _launch() -> None:
     _decode_int4(64, 1, torch.float32)
     if device.arch(torch.empty(0)) in ("sm_90", "gfx950"):
         _decode(64, False, torch.float8_e4m3fn)
+        _attend_packed(40, 72, torch.float16, _EVERYTHING)  # takes as long as ten others
     outs, lses = torch.empty(2, 1, 8, 4, 64), torch.empty(2, 1, 4, 8)
     out, lse = merge.merge(outs, lses)
     merge.merge_backward(out, lse, outs, lses, out, lse)

@@ -1,26 +1,50 @@
 """The Triton kernels without a GPU: each operation's tests once more, in a process with Triton's interpreter."""
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from onepass.core import env
+from onepass.testing.background import Background
 
-_OPS = sorted(path.parent.name for path in Path(__file__).parents[2].glob("src/onepass/ops/*/triton"))
+_ROOT = Path(__file__).parents[2]
+_OPS = sorted(path.parent.name for path in _ROOT.glob("src/onepass/ops/*/triton"))
+_POSSIBLE = importlib.util.find_spec("triton") is not None and not env.triton_interpreted()
+
+
+def _parts(op: str) -> list[list[str]]:
+    """What runs apart: the longest file, the oracle's, and the others."""
+    oracle = f"{_ROOT}/tests/{op}/test_{op}_oracle.py"
+    return [[oracle], [f"{_ROOT}/tests/{op}", f"--ignore={oracle}"]]
+
+
+def begin(background: Background, items: list[pytest.Function]) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    for item in items if _POSSIBLE else ():
+        op, seed = item.callspec.params["op"], str(item.config.option.seed)
+        for index, part in enumerate(_parts(op)):
+            command = [sys.executable, "-m", "pytest", *part, "-q", "-k", "triton", "-p", "no:cacheprovider"]
+
+            def run(command: tuple[str, ...] = (*command, "--seed", seed)) -> subprocess.CompletedProcess[str]:
+                return background.run(command, environment, _ROOT)
+
+            background.begin(f"{op} {index}", run)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.skipif(env.triton_interpreted(), reason="this is Triton's interpreter already")
+@pytest.mark.skipif(not _POSSIBLE, reason="Triton is not installed, or interpreted already")
 @pytest.mark.parametrize("op", _OPS)
-def test_in_the_interpreter(op: str, runs: Any) -> None:
+def test_in_the_interpreter(op: str, background: Background) -> None:
     total = 0
-    for status, output in runs.results(op):
-        assert status == 0, output[-10000:]
-        passed = re.search(r"(\d+) passed", output)
-        assert passed is not None, output
+    for index in range(len(_parts(op))):
+        result = background.result(f"{op} {index}")
+        assert result.returncode == 0, result.stdout[-10000:]
+        passed = re.search(r"(\d+) passed", result.stdout)
+        assert passed is not None, result.stdout
         total += int(passed[1])
     assert total > 20

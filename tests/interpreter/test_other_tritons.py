@@ -12,10 +12,21 @@ from pathlib import Path
 import pytest
 
 from onepass.core import env
+from onepass.testing.background import Background
 
 _ROOT = Path(__file__).parents[2]
+_TESTS = sorted(str(path) for path in (_ROOT / "tests").glob("*/test_*_triton.py"))
 _TARGETS = ("--aot-targets=sm_90,gfx950", "--aot-in-turn")  # every launch for all six with the installed Triton
 _VERSION = "import triton; print(triton.__version__)"
+
+
+def _folder(name: str) -> Path:
+    return Path(sys.prefix) / "triton" / name
+
+
+def _environment(name: str) -> dict[str, str]:
+    paths = [str(_folder(name)), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _version(environment: dict[str, str]) -> str:
@@ -23,22 +34,31 @@ def _version(environment: dict[str, str]) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout.strip()
 
 
+def _missing(name: str) -> str:
+    """Why there is nothing to compile with; "" if there is."""
+    if env.triton_interpreted():
+        return "interpreted kernels are not compiled"
+    if not _folder(name).exists():
+        return f"there is no {_folder(name)}: scripts/install.sh dev makes it"
+    version = _version(_environment(name))
+    return f"Triton {version} is the installed one" if version == _version(dict(os.environ)) else ""
+
+
+def begin(background: Background, items: list[pytest.Function]) -> None:
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *_TARGETS, *_TESTS)
+    for name in (item.callspec.params["name"] for item in items):
+        if not _missing(name):
+            background.begin(name, lambda name=name: background.run(command, _environment(name), _ROOT))
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(env.triton_interpreted(), reason="interpreted kernels are not compiled")
 @pytest.mark.parametrize("name", ["oldest", "newest"])
-def test_compiles_with_the(name: str) -> None:
-    folder = Path(sys.prefix) / "triton" / name
-    if not folder.exists():
-        pytest.skip(f"there is no {folder}: scripts/install.sh dev makes it")
-    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    version = _version(environment)
-    if version == _version(dict(os.environ)):
-        pytest.skip(f"Triton {version} is the installed one")
-    tests = sorted(str(path) for path in (_ROOT / "tests").glob("*/test_*_triton.py"))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *_TARGETS, *tests]
-    result = subprocess.run(command, env=environment, cwd=_ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, f"Triton {version}\n" + result.stdout[-8000:] + result.stderr[-2000:]
+def test_compiles_with_the(name: str, background: Background) -> None:
+    missing = _missing(name)
+    if missing:
+        pytest.skip(missing)
+    result = background.result(name)
+    assert result.returncode == 0, f"Triton {_version(_environment(name))}\n" + result.stdout[-10000:]
     passed = re.search(r"(\d+) passed", result.stdout)
     assert passed is not None, result.stdout
-    assert int(passed[1]) == len(tests), result.stdout
+    assert int(passed[1]) == len(_TESTS), result.stdout

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from onepass.core import cpu_library
+from onepass.testing.background import Background
 
 ROOT = Path(__file__).parents[2]
 CMAKE = (sys.executable, "-m", "cmake")  # the one that the environment brings
@@ -26,16 +27,25 @@ def runtime(name: str) -> Path:
     return Path(found).resolve()
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def begin(background: Background, items: list[pytest.Function]) -> None:
     """The C++ library built with both sanitizers."""
+
+    def build() -> Path:
+        folder = background.folder("sanitized")
+        configure = [*CMAKE, "-S", str(ROOT), "-B", str(folder), "-DONEPASS_SANITIZE=ON"]
+        for command in (configure, [*CMAKE, "--build", str(folder), "-j2"]):
+            done = background.run(command)
+            assert done.returncode == 0, done.stdout
+        return folder / "libonepass_cpu.so"
+
+    background.begin("sanitized library", build)
+
+
+@pytest.fixture(scope="module")
+def library(background: Background) -> Path:
     runtime("libasan.so")
-    folder = tmp_path_factory.mktemp("sanitized")
-    configure = [*CMAKE, "-S", str(ROOT), "-B", str(folder), "-DONEPASS_SANITIZE=ON"]
-    for command in (configure, [*CMAKE, "--build", str(folder), "-j2"]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "libonepass_cpu.so"
+    path: Path = background.result("sanitized library")
+    return path
 
 
 def run_sanitized(library: Path, isa: str, *command: str) -> subprocess.CompletedProcess[str]:

@@ -204,7 +204,7 @@ def assert_every_kernel_compiles(package: str, call: Callable[[], Any], fault: F
     found = {_place(launcher.kernel) for launcher in _launchers(package)}
     assert found == reached, f"not launched: {sorted(found - reached)}; not in {package}: {sorted(reached - found)}"
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        failures = [failure for failure in pool.map(_failure, range(len(_work)), chunksize=4) if failure]
+        failures = [failure for failure in pool.map(_failure, range(len(_work)), chunksize=1) if failure]
     assert not failures, "\n".join(failures)
 
 
