@@ -25,6 +25,7 @@ from torch import multiprocessing
 from onepass.ops.attention.triton import bwd, config, fwd, varlen
 from onepass.ops.attention.triton.config import BackwardConfig, ForwardConfig
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the latter in Triton's interpreter
 BATCH, SEQLEN, WIDTH = 4, 4096, 2048  # WIDTH: heads * head_dim
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -83,10 +84,10 @@ class Subject:
 def call(subject: Subject, dtype: torch.dtype) -> Callable[[tuple[int, int, int, int] | None], Any]:
     """A function that launches the subject with a configuration, on inputs of its own."""
     features, heads = OPTIONS[subject.option], WIDTH // subject.head_dim
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
 
     def normal(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device="cuda").to(of)
+        return torch.randn(shape, generator=generator, device=DEVICE).to(of)
 
     rows = (BATCH * SEQLEN,) if subject.packed else (BATCH, SEQLEN)
     q, k, v, do = (normal(*rows, heads, subject.head_dim) for _ in range(4))
@@ -95,12 +96,12 @@ def call(subject: Subject, dtype: torch.dtype) -> Callable[[tuple[int, int, int,
         normal(batch, heads, SEQLEN, SEQLEN) if "bias" in features else None,
         normal(heads, of=torch.float32).abs() if "alibi" in features else None,
         normal(heads) if "sink" in features else None,
-        torch.rand(rows, generator=generator, device="cuda") < 0.9 if "mask" in features else None,
-        torch.tensor([7, 0], device="cuda") if "p" in features else None,
+        torch.rand(rows, generator=generator, device=DEVICE) < 0.9 if "mask" in features else None,
+        torch.tensor([7, 0], device=DEVICE) if "p" in features else None,
     )
     left, right, softcap, p = (features.get(name, missing) for name, missing in _MISSING.items())
     numbers = (subject.head_dim**-0.5, left, right, True, softcap, p, False)
-    lengths = torch.arange(BATCH + 1, device="cuda", dtype=torch.int32) * SEQLEN
+    lengths = torch.arange(BATCH + 1, device=DEVICE, dtype=torch.int32) * SEQLEN
     module: Any = varlen if subject.packed else fwd
     sequences = (lengths, lengths, None) if subject.packed else ()
     longest = (SEQLEN, SEQLEN) if subject.packed else ()
@@ -192,6 +193,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     arguments = parser.parse_args()
+    if DEVICE == "cpu":
+        parser.error("there is no GPU here to time on")
     dtype = getattr(torch, arguments.dtype)
     subjects = [
         Subject(kernel, option, layout == "packed", int(head_dim))
