@@ -79,14 +79,18 @@ keep_triton() {
 begin_wheel() {
     echo "onepass: building the wheel"
     rm -f dist/onepass-*.whl
-    "$VENV/bin/python" -m pip wheel --quiet --no-deps --wheel-dir dist . &
+    # In a process group of its own, so that compilers end with it when something else fails or the user interrupts.
+    "$VENV/bin/python" -c 'import os, sys; os.setsid(); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])' \
+        -m pip wheel --quiet --no-deps --wheel-dir dist . &
     WHEEL=$!
-    trap 'kill "$WHEEL" 2>/dev/null || true' EXIT
+    trap 'kill -- "-$WHEEL" 2>/dev/null || true' EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM HUP
 }
 
 end_wheel() {
     wait "$WHEEL" || fail "the wheel was not built; what went wrong stands above."
-    trap - EXIT
+    trap - EXIT INT TERM HUP
 }
 
 check_machine

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable
@@ -172,12 +173,12 @@ def measure(subject: Subject, dtype: torch.dtype, rounds: int) -> dict[str, Any]
             end.synchronize()
             seen.append(1000 * start.elapsed_time(end))
     medians = {candidate: statistics.median(seen) for candidate, seen in times.items()}
-    best = min(medians, key=lambda candidate: medians[candidate])
+    best = min(medians, key=lambda candidate: medians[candidate], default=None)
     return {
         **asdict(subject),
         "chosen_us": medians.get(None),
         "best": best,
-        "best_us": medians[best],
+        "best_us": medians.get(best),
         "us": {str(candidate): us for candidate, us in medians.items()},
         "failed": failed,
     }
@@ -215,14 +216,14 @@ def main() -> None:
         result = measure(subject, dtype, arguments.rounds)
         results.append(result)
         name = f"{subject.head_dim} {'packed ' if subject.packed else ''}{subject.option} {subject.kernel}"
-        gain = result["chosen_us"] / result["best_us"] if result["chosen_us"] else float("nan")
+        gain = result["chosen_us"] / result["best_us"] if result["chosen_us"] else math.nan
         print(f"{name:40} {result['chosen_us'] or 0:9.1f}  {gain:5.2f}x  {result['best'] or ''}", flush=True)
         torch.cuda.empty_cache()
-    if arguments.out:
-        about = {"gpu": torch.cuda.get_device_name(), "dtype": arguments.dtype, "torch": torch.__version__}
-        part = arguments.out.with_name(arguments.out.name + ".part")
-        part.write_text(json.dumps({"about": about, "results": results}, indent=1))
-        part.replace(arguments.out)
+        if arguments.out:
+            about = {"gpu": torch.cuda.get_device_name(), "dtype": arguments.dtype, "torch": torch.__version__}
+            part = arguments.out.with_name(arguments.out.name + ".part")
+            part.write_text(json.dumps({"about": about, "results": results}, indent=1))
+            part.replace(arguments.out)
 
 
 if __name__ == "__main__":

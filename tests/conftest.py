@@ -6,8 +6,9 @@ are skipped where there is no GPU.
 
 import importlib
 import importlib.util
-import itertools
+import signal
 import zlib
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from onepass.testing.background import Background
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="replay a run: the seed that its first lines print")
     parser.addoption("--aot-targets", default="", help="GPUs that kernels are compiled for, sm_90,gfx950,...; all")
-    parser.addoption("--aot-in-turn", action="store_true", help="each launch for one of those GPUs only, in turn")
+    parser.addoption("--aot-share-out", action="store_true", help="a kernel's launches among those GPUs, in turn")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
         interpreter.patch_language_once()
     if config.option.aot_targets:
         aot.TARGETS = {name: aot.TARGETS[name] for name in config.option.aot_targets.split(",")}
-    aot.IN_TURN = config.option.aot_in_turn
+    aot.SHARED_OUT = config.option.aot_share_out
     if config.option.seed is None:
         config.option.seed = int(torch.empty((), dtype=torch.int64).random_(0, 2**31, generator=_fresh()))
     if getattr(config.option, "hypothesisseed", None) is None:
@@ -54,13 +55,19 @@ _BACKGROUND = pytest.StashKey[Background]()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Test files that have a function `begin` begin their work beside the others' tests."""
+    """Calls `begin_in_background(background, items)` of the test files that have it, with their collected tests."""
     if session.config.option.collectonly:
         return
-    session.config.stash[_BACKGROUND] = Background()
-    for module, items in itertools.groupby(session.items, lambda item: getattr(item, "module", None)):
-        if hasattr(module, "begin"):
-            module.begin(session.config.stash[_BACKGROUND], list(items))
+    of_module: dict[ModuleType, list[pytest.Item]] = {}
+    for item in session.items:
+        if hasattr(item, "module"):
+            of_module.setdefault(item.module, []).append(item)
+    background = session.config.stash[_BACKGROUND] = Background()
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.default_int_handler)  # so that pytest_sessionfinish ends what runs
+    for module, items in of_module.items():
+        if hasattr(module, "begin_in_background"):
+            module.begin_in_background(background, items)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from onepass.core import env
+from onepass.core.triton_backend import Launcher
 
 pytestmark = pytest.mark.skipif(not env.triton_interpreted(), reason="on a GPU it is a benchmark")
 _PATH = Path(__file__).parents[2] / "scripts" / "tune_attention.py"
@@ -28,12 +29,24 @@ def tune(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_triton_kernels_are_called_with_the_candidates(tune: Any, packed: bool) -> None:
+def test_triton_kernels_are_called_with_the_candidates(
+    tune: Any, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles: list[tuple[int | None, int | None]] = []
+    launch_kernel = Launcher.launch
+
+    def watched(self: Launcher, grid: Any, device: Any, arguments: Any, constants: Any, **options: Any) -> None:
+        tiles.append((constants.get("BLOCK_M"), constants.get("BLOCK_N")))
+        launch_kernel(self, grid, device, arguments, constants, **options)
+
+    monkeypatch.setattr(Launcher, "launch", watched)
     for option in ("everything", "plain"):
         for kernel in tune.CANDIDATES:
             launch = tune.call(tune.Subject(kernel, option, packed, 64), torch.float16)
-            chosen, other = (launch(candidate) for candidate in (None, (16, 16, 4, 1)))
-            compared = [pair for pair in zip(chosen, other, strict=True) if pair[0].numel()]
+            tiles.clear()
+            results = [launch(candidate) for candidate in ((16, 32, 4, 1), (32, 16, 4, 1))]
+            assert [tile for tile in tiles if None not in tile] == [(16, 32), (32, 16)]
+            compared = [pair for pair in zip(*results, strict=True) if pair[0].numel()]
             assert compared
             for one, two in compared:
                 torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)

@@ -26,7 +26,7 @@ def qkv(
 @pytest.mark.parametrize("case", [case for case in _PACKED if not case.dropout_p], ids=lambda case: case.name)
 def test_is_attention_on_every_sequence(case: VarlenCase, backend: str, generator: torch.Generator) -> None:
     if env.triton_interpreted() and case.name != "varlen, causal":
-        pytest.skip("Triton's interpreter takes long, and has compared this case with the oracle")
+        pytest.skip("Triton's interpreter takes long: one case here, all of them against the oracle")
     inputs = case.inputs(torch.float32, "cpu", generator)
     if backend not in case.backends(inputs):
         pytest.skip(f"{backend} refuses this case")

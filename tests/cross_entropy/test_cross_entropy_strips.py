@@ -59,8 +59,8 @@ def test_strips_are_within_budget(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    if env.triton_interpreted() and dtype is not torch.float32 and "20-bit" not in request.node.name:
-        pytest.skip("Triton's interpreter takes long, and has done this carry in float32")
+    if env.triton_interpreted() and dtype is torch.float32 and "24-bit" not in request.node.name:
+        pytest.skip("fp32 weights carry nothing, so Triton's interpreter, which takes long, does them once")
     inputs = case.inputs(dtype, device, torch.Generator().manual_seed(seed))
     with numerics.nan_filled_memory():
         comparisons = numerics.compare_inputs(case, inputs, fused)

@@ -1,7 +1,6 @@
 """The Triton kernels without a GPU: each operation's tests once more, in a process with Triton's interpreter."""
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -23,15 +22,15 @@ def _parts(op: str) -> list[list[str]]:
     return [[oracle], [f"{_ROOT}/tests/{op}", f"--ignore={oracle}"]]
 
 
-def begin(background: Background, items: list[pytest.Function]) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+def begin_in_background(background: Background, items: list[pytest.Function]) -> None:
+    environment = {**background.environment, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     for item in items if _POSSIBLE else ():
         op, seed = item.callspec.params["op"], str(item.config.option.seed)
         for index, part in enumerate(_parts(op)):
             command = [sys.executable, "-m", "pytest", *part, "-q", "-k", "triton", "-p", "no:cacheprovider"]
 
             def run(command: tuple[str, ...] = (*command, "--seed", seed)) -> subprocess.CompletedProcess[str]:
-                return background.run(command, environment, _ROOT)
+                return background.run(command, environment)
 
             background.begin(f"{op} {index}", run)
 

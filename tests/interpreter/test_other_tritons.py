@@ -16,7 +16,7 @@ from onepass.testing.background import Background
 
 _ROOT = Path(__file__).parents[2]
 _TESTS = sorted(str(path) for path in (_ROOT / "tests").glob("*/test_*_triton.py"))
-_TARGETS = ("--aot-targets=sm_90,gfx950", "--aot-in-turn")  # every launch for all six with the installed Triton
+_TARGETS = ("--aot-targets=sm_90,gfx950", "--aot-share-out")  # every launch for all six with the installed Triton
 _VERSION = "import triton; print(triton.__version__)"
 
 
@@ -44,11 +44,12 @@ def _missing(name: str) -> str:
     return f"Triton {version} is the installed one" if version == _version(dict(os.environ)) else ""
 
 
-def begin(background: Background, items: list[pytest.Function]) -> None:
+def begin_in_background(background: Background, items: list[pytest.Function]) -> None:
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *_TARGETS, *_TESTS)
     for name in (item.callspec.params["name"] for item in items):
         if not _missing(name):
-            background.begin(name, lambda name=name: background.run(command, _environment(name), _ROOT))
+            environment = _environment(name)
+            background.begin(name, lambda environment=environment: background.run(command, environment))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The C++ kernels under AddressSanitizer, and those of the first instruction set under UBSan: out-of-bounds reads and
+"""The C++ kernels under AddressSanitizer, those of the first instruction set under UBSan, too: out-of-bounds reads and
 writes and undefined arithmetic end the run.
 """
 
@@ -27,7 +27,7 @@ def runtime(name: str) -> Path:
     return Path(found).resolve()
 
 
-def begin(background: Background, items: list[pytest.Function]) -> None:
+def begin_in_background(background: Background, items: list[pytest.Function]) -> None:
     """The C++ library built with both sanitizers."""
 
     def build() -> Path:
@@ -71,17 +71,22 @@ def test_kernels(library, isa):
 
 
 @pytest.mark.slow
-def test_an_overrun_is_caught(library):
-    """The check must be able to fail: a kernel that is told of one more row than there is."""
+def test_faults_are_caught(library):
+    """The checks must be able to fail: a kernel is told of one row too many, or of an address inside a number."""
     code = (
         "import struct, torch\n"
         "from onepass.core import cpu_library\n"
-        "outs, lses = torch.zeros(2, 1, 64, 1, 64), torch.zeros(2, 1, 1, 64)\n"
+        "outs, lses = torch.zeros(2, 1, 64, 1, 64), torch.zeros(2, 1, 1, 65 if {byte} else 64)\n"
         "out, lse = torch.zeros(1, 64, 1, 64), torch.zeros(1, 1, 64)\n"
-        "sizes = (0, 1, 2, 1, 65, 1, 64)  # dtype, threads, parts, batch, seqlen (one too many), heads, head_dim\n"
-        "pointers = (x.data_ptr() for x in (outs, lses, out, lse))\n"
+        "sizes = (0, 1, 2, 1, {seqlen}, 1, 64)  # dtype, threads, parts, batch, seqlen, heads, head_dim\n"
+        "pointers = (outs.data_ptr(), lses.data_ptr() + {byte}, out.data_ptr(), lse.data_ptr())\n"
         "cpu_library.kernel('merge_attention')(struct.pack('=11q', *sizes, *pointers))\n"
     )
-    done = run_sanitized(library, cpu_library.isas()[0], "-c", code)
+    done = run_sanitized(library, cpu_library.isas()[0], "-c", code.format(seqlen=65, byte=0))
     assert done.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+    done = run_sanitized(library, cpu_library.isas()[0], "-c", code.format(seqlen=64, byte=2))
+    assert done.returncode != 0
+    assert "runtime error: load of misaligned address" in done.stderr
+    done = run_sanitized(library, cpu_library.isas()[0], "-c", code.format(seqlen=64, byte=0))
+    assert done.returncode == 0, done.stderr

@@ -38,7 +38,7 @@ TARGETS: Mapping[str, tuple[str, int | str, int]] = {
     "gfx942": ("hip", "gfx942", 64),
     "gfx950": ("hip", "gfx950", 64),
 }
-IN_TURN = False  # each launch for one of TARGETS only, for the next one after the launch before it
+SHARED_OUT = False  # the launches of each kernel among TARGETS, in turn; each target has one of every kernel at least
 _POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -199,13 +199,26 @@ def assert_every_kernel_compiles(package: str, call: Callable[[], Any], fault: F
     for turn, (target, (backend, _, _)) in enumerate(TARGETS.items()):
         launches = recorded(call, target)
         reached |= {_place(launch.kernel) for launch in launches}
-        taken = launches[turn :: len(TARGETS)] if IN_TURN else launches
-        _work.extend((launch, target) for launch in taken if launch.targets in ("", backend))
+        launches = [launch for launch in launches if launch.targets in ("", backend)]
+        _work.extend((launch, target) for launch in (_share(launches, turn) if SHARED_OUT else launches))
     found = {_place(launcher.kernel) for launcher in _launchers(package)}
     assert found == reached, f"not launched: {sorted(found - reached)}; not in {package}: {sorted(reached - found)}"
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         failures = [failure for failure in pool.map(_failure, range(len(_work)), chunksize=1) if failure]
     assert not failures, "\n".join(failures)
+
+
+def _share(launches: Sequence[Launch], turn: int) -> list[Launch]:
+    """One of len(TARGETS) shares of each kernel's launches; all of what few or one kind of GPU alone has."""
+    of_kernel: dict[tuple[str, ...], list[Launch]] = {}
+    for launch in launches:
+        of_kernel.setdefault((*_place(launch.kernel), launch.targets), []).append(launch)
+    count = len(TARGETS)
+    return [
+        launch
+        for (*_, targets), some in of_kernel.items()
+        for launch in (some if targets or len(some) < count else some[turn::count])
+    ]
 
 
 def _launchers(package: str) -> Iterator[Launcher]:

@@ -17,7 +17,9 @@ from typing import Any
 class Background:
     """Functions by name, each in a thread, as many at a time as there are processors.
 
-    A test file asks for it with a function `begin(background, items)`, which is given the file's collected tests.
+    A test file asks for it with a function `begin_in_background(background, items)`, which is given the file's
+    collected tests; the fixture `background` has the results. Processes have the environment and the folder of the
+    moment of collection, whatever tests change meanwhile.
     """
 
     def __init__(self) -> None:
@@ -27,8 +29,12 @@ class Background:
         self._running: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
         self._ended = False
+        self.environment: Mapping[str, str] = dict(os.environ)
+        self._cwd = Path.cwd()
 
     def begin(self, name: str, work: Callable[[], Any]) -> None:
+        if name in self._results:
+            raise ValueError(f"{name!r} has begun already")
         self._results[name] = self._pool.submit(work)
 
     def result(self, name: str) -> Any:
@@ -42,7 +48,7 @@ class Background:
         return folder
 
     def run(
-        self, command: Sequence[str], environment: Mapping[str, str] = os.environ, cwd: Path | None = None
+        self, command: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """A process with both of its outputs in one, which is killed with its own when the tests end before it."""
         with self._lock:
@@ -50,8 +56,8 @@ class Background:
                 raise RuntimeError("the tests have ended")
             process = subprocess.Popen(
                 command,
-                env=environment,
-                cwd=cwd,
+                env=self.environment if environment is None else environment,
+                cwd=self._cwd,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

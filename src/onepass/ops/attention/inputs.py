@@ -373,7 +373,7 @@ CASES: list[AttentionCase | VarlenCase | DecodeCase | MergeCase] = [
     AttentionCase("sink", sink=True, key_mask=True, causal=True),
     AttentionCase("sink, no keys", sink=True, seqlen_k=0),
     AttentionCase("dropout", dropout_p=0.3, causal=True),
-    AttentionCase("dropout, grouped heads", dropout_p=0.5, nheads_q=4, seqlen_q=70, seqlen_k=100),
+    AttentionCase("dropout, grouped heads", dropout_p=0.5, nheads_q=4, nheads_kv=1, seqlen_q=70, seqlen_k=100),
     AttentionCase("few queries, softcap, alibi, sink", seqlen_q=2, seqlen_k=90, softcap=3.0, alibi=True, sink=True),
     AttentionCase("few queries, bias, dropout", seqlen_q=2, seqlen_k=90, bias=(0, 0, 0, 0), dropout_p=0.4),
     AttentionCase(

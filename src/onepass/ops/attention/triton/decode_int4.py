@@ -354,7 +354,7 @@ def _decode_int4_kernel(
     row_v = tl.arange(0, BLOCK_V)[:, None]
     mask = there[None, :] & (row_v < ROWS_V)
     for group in tl.static_range(V_GROUPS):
-        middle = tl.cast(flat[group], tl.float32)
+        middle = tl.cast(flat[group], tl.float32)  # for type checkers: the tuple began empty
         if AS_BITS:
             middle -= tl.max(weights[group], 0) * (MIDDLE / (LEAST * P_LIFT))
         for part in tl.static_range(PARTS_V):
