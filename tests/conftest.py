@@ -64,7 +64,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             of_module.setdefault(item.module, []).append(item)
     background = session.config.stash[_BACKGROUND] = Background()
     for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, signal.default_int_handler)  # so that pytest_sessionfinish ends what runs
+        if signal.getsignal(ending) is signal.SIG_DFL:
+            signal.signal(ending, signal.default_int_handler)  # so that pytest_sessionfinish ends what runs
     for module, items in of_module.items():
         if hasattr(module, "begin_in_background"):
             module.begin_in_background(background, items)

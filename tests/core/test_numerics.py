@@ -70,6 +70,17 @@ def test_every_operation_lists_cases() -> None:
     assert {"attention"} <= {operation for operation, _ in numerics.cases()}
 
 
+def test_peak_memory_is_measured_again_when_pages_are_taken() -> None:
+    other = [torch.ones(60 << 20, dtype=torch.uint8)]
+
+    def hold() -> None:
+        other.clear()
+        x = torch.ones(40 << 20, dtype=torch.uint8)
+        del x
+
+    assert 36 << 20 < memory.peak_bytes(hold) < 60 << 20
+
+
 def test_peak_memory_sees_what_is_freed_again() -> None:
     def hold() -> None:
         x = torch.ones(40 << 20, dtype=torch.uint8)
