@@ -1,6 +1,6 @@
 """The three clocks: what they count, and what they leave out."""
 
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,24 +77,34 @@ def test_device_calls_are_bounded(queue, seconds, calls):
     assert timing.DeviceClock(1e-3, "cpu").calls(queue.kernel("call", seconds), None) == calls
 
 
-def test_the_device_sleeps_while_the_host_launches(queue):
+@pytest.fixture
+def host(monkeypatch):
+    """The host's clock, which moves by what it sleeps alone."""
+    clock = SimpleNamespace(now=0.0)
+    clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def test_the_device_sleeps_while_the_host_launches(queue, host):
     clock = timing.DeviceClock(1e-3, "cpu")
-    clock.calls(lambda: time.sleep(0.001), None)
+    clock.calls(lambda: host.sleep(0.001), None)
     assert 1.8e-3 <= queue.cycles / timing.CYCLES_PER_SECOND <= timing.SLEEP_SECONDS[1]
 
 
-def test_host_time_lets_the_queue_run_empty_untimed(queue, monkeypatch):
+def test_host_time_lets_the_queue_run_empty_untimed(queue, host, monkeypatch):
     monkeypatch.setattr(timing, "HOST_BATCH", 2)
     clock = timing.HostClock(1e-3)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: (queue.entries.append("synchronize"), time.sleep(0.01)))
-    seconds = clock.sample(queue.kernel("call", 0.0), None, 5)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: (queue.entries.append("synchronize"), host.sleep(0.01)))
+    call = queue.kernel("call", 0.0)
+    seconds = clock.sample(lambda: (call(), host.sleep(0.001)), None, 5)
     assert queue.entries == ["call", "call", "synchronize"] * 2 + ["call", "synchronize"]
-    assert seconds < 0.002
+    assert seconds == pytest.approx(0.001)
 
 
-def test_wall_time_leaves_out_what_restores_inputs():
+def test_wall_time_leaves_out_what_restores_inputs(host):
     clock = timing.WallClock(0.005)
-    assert clock.sample(lambda: time.sleep(0.001), lambda: time.sleep(0.01), 2) < 0.008
+    assert clock.sample(lambda: host.sleep(0.001), lambda: host.sleep(0.01), 2) == pytest.approx(0.001)
 
 
 def test_each_provider_is_restored_before_its_own_calls():
