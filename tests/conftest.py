@@ -6,6 +6,7 @@ are skipped where there is no GPU.
 
 import importlib
 import importlib.util
+import os
 import signal
 import zlib
 from types import ModuleType
@@ -62,7 +63,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     for item in session.items:
         if hasattr(item, "module"):
             of_module.setdefault(item.module, []).append(item)
-    background = session.config.stash[_BACKGROUND] = Background()
+    background = session.config.stash[_BACKGROUND] = Background(os.environ)
     for ending in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(ending) is signal.SIG_DFL:
             signal.signal(ending, signal.default_int_handler)  # so that pytest_sessionfinish ends what runs

@@ -13,7 +13,7 @@ from onepass.testing.background import Background
 
 @pytest.fixture
 def own() -> Iterator[Background]:
-    background = Background()
+    background = Background(os.environ)
     yield background
     background.end()
 
@@ -37,7 +37,7 @@ def test_processes_see_the_environment_of_the_beginning(own: Background, monkeyp
 
 def test_nothing_is_left(tmp_path: Path) -> None:
     """Not the process, not what it began, not the folder."""
-    background = Background()
+    background = Background(os.environ)
     folder, file = background.folder("some"), tmp_path / "pid"
     background.begin(
         "sleep", lambda: background.run(("sh", "-c", f"sleep 60 & echo $! > {file}.part; mv {file}.part {file}; wait"))

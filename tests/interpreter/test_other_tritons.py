@@ -3,6 +3,7 @@
 The installed one compiles them in each operation's own tests; scripts/install.sh puts these two beside it.
 """
 
+import functools
 import os
 import re
 import subprocess
@@ -34,6 +35,7 @@ def _version(environment: dict[str, str]) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout.strip()
 
 
+@functools.cache  # asked at collection and by the test; each answer takes two processes
 def _missing(name: str) -> str:
     """Why there is nothing to compile with; "" if there is."""
     if env.triton_interpreted():

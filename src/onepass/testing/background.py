@@ -18,18 +18,18 @@ class Background:
     """Functions by name, each in a thread, as many at a time as there are processors.
 
     A test file asks for it with a function `begin_in_background(background, items)`, which is given the file's
-    collected tests; the fixture `background` has the results. Processes have the environment and the folder of the
-    moment of collection, whatever tests change meanwhile.
+    collected tests; the fixture `background` has the results. Processes have the environment given here and the folder
+    of the moment of collection, whatever tests change meanwhile.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str]) -> None:
         self._pool = ThreadPoolExecutor(os.cpu_count())
         self._results: dict[str, Future[Any]] = {}
         self._temporary = tempfile.TemporaryDirectory(prefix="onepass-tests-")
         self._running: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
         self._ended = False
-        self.environment: Mapping[str, str] = dict(os.environ)
+        self.environment = dict(environment)
         self._cwd = Path.cwd()
 
     def begin(self, name: str, work: Callable[[], Any]) -> None:
