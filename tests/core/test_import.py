@@ -26,7 +26,7 @@ def test_needs_torch_alone() -> None:
 
 def test_is_quick() -> None:
     code = "import time, torch; start = time.process_time(); import onepass; print(time.process_time() - start)"
-    assert any(float(run(code)) < 0.1 for _ in range(10))  # other work beside it slows the processor
+    assert min(float(run(code)) for _ in range(3)) < 0.1
 
 
 def test_loads_no_library_before_it_is_needed() -> None:

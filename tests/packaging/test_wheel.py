@@ -129,18 +129,16 @@ def test_import_pulls_torch_alone_and_is_quick(bare_python):
     code = (
         "import sys, time, json, torch\n"
         "before = set(sys.modules)\n"
-        "start = time.process_time()\n"
+        "start = time.perf_counter()\n"
         "import onepass\n"
-        "seconds = time.process_time() - start\n"
+        "seconds = time.perf_counter() - start\n"
         "top = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
         "print(json.dumps([seconds, sorted(top - set(sys.stdlib_module_names))]))\n"
     )
-    for _ in range(10):  # other work beside it slows the processor
-        seconds, modules = json.loads(run(bare_python, code))
+    measured = [json.loads(run(bare_python, code)) for _ in range(3)]
+    for _, modules in measured:
         assert set(modules) <= {"onepass", "torch"}
-        if seconds < 0.1:
-            return
-    pytest.fail(f"importing onepass takes {seconds} s beside torch")
+    assert min(seconds for seconds, _ in measured) < 0.1
 
 
 def test_missing_extras_are_named(bare_python):
