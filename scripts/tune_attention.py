@@ -4,8 +4,8 @@
     python scripts/tune_attention.py --options dropout,bias --head-dims 128 --out tune.json
 
 One line for each kernel, option and head_dim: the time of what config.py chooses, and the best of the candidates; the
-JSON has all of them. Processes compile the kernels side by side first, into Triton's cache. Times are medians of rounds
-in which candidates take turns, in microseconds.
+JSON has all of them, and the bytes of registers that a thread of each spills. Processes compile the kernels side by
+side first, into Triton's cache. Times are medians of rounds in which candidates take turns, in microseconds.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from onepass.ops.attention.triton.config import BackwardConfig, ForwardConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the latter in Triton's interpreter
 BATCH, SEQLEN, WIDTH = 4, 4096, 2048  # WIDTH: heads * head_dim
+COMPILED_SEQLEN = 1024  # the same kernels as SEQLEN's, with less memory
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"right": 0},
@@ -52,7 +53,7 @@ CANDIDATES: dict[str, dict[int, list[tuple[int, int, int, int]]]] = {
     },
     "keys": {
         64: [(32, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (32, 64, 4, 3)],
-        128: [(32, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 128, 8, 2)],
+        128: [(32, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 128, 8, 2), (64, 32, 4, 2)],
         256: [(32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 4, 2), (64, 32, 8, 2)],
     },
     "queries": {
@@ -82,7 +83,7 @@ class Subject:
         return [None, *CANDIDATES[self.kernel][self.head_dim]]
 
 
-def call(subject: Subject, dtype: torch.dtype) -> Callable[[tuple[int, int, int, int] | None], Any]:
+def call(subject: Subject, dtype: torch.dtype, seqlen: int) -> Callable[[tuple[int, int, int, int] | None], Any]:
     """A function that launches the subject with a configuration, on inputs of its own."""
     features, heads = OPTIONS[subject.option], WIDTH // subject.head_dim
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -90,11 +91,11 @@ def call(subject: Subject, dtype: torch.dtype) -> Callable[[tuple[int, int, int,
     def normal(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=DEVICE).to(of)
 
-    rows = (BATCH * SEQLEN,) if subject.packed else (BATCH, SEQLEN)
+    rows = (BATCH * seqlen,) if subject.packed else (BATCH, seqlen)
     q, k, v, do = (normal(*rows, heads, subject.head_dim) for _ in range(4))
     batch = BATCH if subject.packed else 1
     tensors = (
-        normal(batch, heads, SEQLEN, SEQLEN) if "bias" in features else None,
+        normal(batch, heads, seqlen, seqlen) if "bias" in features else None,
         normal(heads, of=torch.float32).abs() if "alibi" in features else None,
         normal(heads) if "sink" in features else None,
         torch.rand(rows, generator=generator, device=DEVICE) < 0.9 if "mask" in features else None,
@@ -102,11 +103,12 @@ def call(subject: Subject, dtype: torch.dtype) -> Callable[[tuple[int, int, int,
     )
     left, right, softcap, p = (features.get(name, missing) for name, missing in _MISSING.items())
     numbers = (subject.head_dim**-0.5, left, right, True, softcap, p, False)
-    lengths = torch.arange(BATCH + 1, device=DEVICE, dtype=torch.int32) * SEQLEN
+    lengths = torch.arange(BATCH + 1, device=DEVICE, dtype=torch.int32) * seqlen
     module: Any = varlen if subject.packed else fwd
-    sequences = (lengths, lengths, None) if subject.packed else ()
-    longest = (SEQLEN, SEQLEN) if subject.packed else ()
-    pages = (None,) if subject.packed else ()
+    # Lengths, pages and the longest sequences.
+    sequences, pages, longest = (
+        ((lengths, lengths, None), (None,), (seqlen, seqlen)) if subject.packed else ((), (), ())
+    )
 
     def forward() -> Any:
         return module.forward(q, k, v, *sequences, *pages, *tensors, *longest, *numbers)
@@ -138,6 +140,13 @@ def call(subject: Subject, dtype: torch.dtype) -> Callable[[tuple[int, int, int,
     return with_config
 
 
+def _compiled(subject: Subject) -> dict[Any, Any]:
+    """Triton's table of the compiled kernels of this process."""
+    kernel: Any = _KERNELS[subject.kernel]
+    return kernel.device_caches[torch.cuda.current_device()][0]  # type: ignore[no-any-return]
+
+
+_KERNELS = {"forward": fwd._fwd_kernel, "keys": bwd._keys_bwd_kernel, "queries": bwd._queries_bwd_kernel}
 _MISSING = {"left": -1, "right": -1, "softcap": 0.0, "p": 0.0}
 
 
@@ -146,7 +155,7 @@ def compile_share(index: int, count: int, subjects: list[Subject], dtype: torch.
     jobs = [(subject, candidate) for subject in subjects for candidate in subject.candidates()]
     for subject, candidate in jobs[index::count]:
         try:
-            call(subject, dtype)(candidate)
+            call(subject, dtype, COMPILED_SEQLEN)(candidate)
         except Exception:
             continue
         finally:
@@ -154,13 +163,16 @@ def compile_share(index: int, count: int, subjects: list[Subject], dtype: torch.
 
 
 def measure(subject: Subject, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    run = call(subject, dtype)
+    run = call(subject, dtype, SEQLEN)
     times: dict[Any, list[float]] = {}
-    failed = {}
+    failed, spilled = {}, {}
     for candidate in subject.candidates():
+        known = set(_compiled(subject))
         try:
             run(candidate)
             times[candidate] = []
+            new = [kernel.n_spills for key, kernel in _compiled(subject).items() if key not in known]
+            spilled[str(candidate)] = 4 * max(new) if new else None  # None: compiled for another subject
         except Exception as error:
             failed[str(candidate)] = f"{type(error).__name__}: {error}"[:200]
     for _ in range(rounds):
@@ -180,6 +192,7 @@ def measure(subject: Subject, dtype: torch.dtype, rounds: int) -> dict[str, Any]
         "best": best,
         "best_us": medians.get(best),
         "us": {str(candidate): us for candidate, us in medians.items()},
+        "spilled": spilled,
         "failed": failed,
     }
 
