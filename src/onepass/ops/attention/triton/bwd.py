@@ -132,8 +132,8 @@ def _walk_queries(
         lse2_ptrs = lse2_ptr + member * lse_head + first + lane
         lse2 = tl.load(lse2_ptrs, mask=there, other=float("inf")) if CUT else tl.load(lse2_ptrs)
         p, cap_slope = weights(
-            s, row[None, :], col[:, None], first, seen, lse2[None, :], shift, window_left, window_right, scale, softcap,
-            slope, bias, False, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
+            s, row[None, :], col[:, None], first_col, seen, lse2[None, :], shift, window_left, window_right, scale,
+            softcap, slope, bias, False, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
         )  # fmt: skip
         if LEFT or RIGHT:
             if (first < inner_start) | (first >= inner_end):
@@ -531,7 +531,7 @@ def _launch_keys(problem: Problem, held: Held, dk: Tensor, dv: Tensor, config: B
             *tensors_of(problem, held, *descriptors, dk, dv),
             seqlen_q, seqlen_k, nheads_q, problem.softmax_scale, *problem.options(),
         ),
-        problem.constants()
+        problem.backward_constants()
         | {
             "TMA": tma,
             "EVEN": even,
@@ -556,7 +556,7 @@ def _launch_queries(problem: Problem, held: Held, dq: Tensor, config: BackwardCo
             *tensors_of(problem, held, *descriptors, dq),
             seqlen_q, seqlen_k, nheads_q, problem.softmax_scale, *problem.options(),
         ),
-        problem.constants()
+        problem.backward_constants()
         | {
             "TMA": tma,
             "EVEN": problem.even_keys(config.block_n),

@@ -4,7 +4,7 @@ others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, TypeVar
@@ -80,16 +80,23 @@ def _width(q: Tensor, head_dim_v: int) -> int:
     return 64 if size <= 64 else 128 if size <= 128 else 256
 
 
-# By machine and width, and where one is named for an option that needs another. None spills registers. The figures are
-# an H200's, in bf16, at 4096 queries and keys, without a mask and causal; entries without one have not been measured.
+# By machine and width, and by what a call has where that needs another (`_needs`). The figures are an H200's, in bf16,
+# at 4096 queries and keys, without a mask and causal; entries without one have not been measured.
 _FORWARD: Mapping[_Key, ForwardConfig] = {
     ("hopper", 64): ForwardConfig(64, 128, 4, 2),  # 481 and 419 TFLOP/s
+    ("hopper", 64, "scores"): ForwardConfig(64, 64, 4, 3),  # with a bias 324, with keys of 128 272
     ("hopper", 128): ForwardConfig(64, 64, 4, 3),  # 539 and 475; causal with Schedule.DYNAMIC 487
+    ("hopper", 128, "dropout"): ForwardConfig(64, 64, 4, 2),  # causal 234, with 3 stages 204
     ("hopper", 128, "bias"): ForwardConfig(128, 64, 8, 4),  # 420
     ("hopper", 256): ForwardConfig(128, 64, 8, 2),  # 518 and 446
     ("ampere", 64): ForwardConfig(64, 64, 4, 3),
+    ("ampere", 64, "bias and dropout"): ForwardConfig(64, 32, 4, 3),
     ("ampere", 128): ForwardConfig(128, 64, 8, 2),
     ("ampere", 128, "packed"): ForwardConfig(128, 32, 8, 2),
+    ("ampere", 128, "bias and dropout"): ForwardConfig(64, 32, 8, 2),
+    ("ampere", 128, "dropout"): ForwardConfig(64, 64, 8, 2),
+    ("ampere", 128, "scores"): ForwardConfig(128, 32, 8, 2),
+    ("ampere", 128, "window"): ForwardConfig(128, 32, 8, 2),
     ("ampere", 256): ForwardConfig(64, 32, 8, 1),
     ("amd", 64): ForwardConfig(128, 64, 4, 1),
     ("amd", 128): ForwardConfig(128, 64, 4, 1),
@@ -102,13 +109,20 @@ _FORWARD_FP32 = {64: ForwardConfig(64, 32, 8, 1), 128: ForwardConfig(32, 32, 8, 
 # For dk and dv: keys are held, queries walked.
 _BACKWARD_KEYS: Mapping[_Key, BackwardConfig] = {
     ("hopper", 64): BackwardConfig(64, 64, 4, 2),  # 1.86 and 1.03 ms
+    ("hopper", 64, "bias"): BackwardConfig(32, 64, 4, 2),  # 4.32 ms
     ("hopper", 128): BackwardConfig(64, 64, 4, 2),  # 1.63 and 0.89 ms
     ("hopper", 128, "bias"): BackwardConfig(32, 64, 4, 2),  # 2.87 ms
+    ("hopper", 128, "dropout"): BackwardConfig(32, 64, 4, 2),  # causal 2.35 ms, with queries of 64 2.46
     ("hopper", 256): BackwardConfig(64, 64, 8, 2),  # 3.35 and 2.10 ms
+    ("hopper", 256, "dropout"): BackwardConfig(32, 64, 8, 2),  # causal 3.66 ms, with queries of 64 3.70
+    ("hopper", 256, "bias and dropout"): BackwardConfig(64, 32, 8, 2),  # 8.34 ms, with keys of 64 9.05
     ("ampere", 64): BackwardConfig(32, 64, 4, 2),
     ("ampere", 64, "packed"): BackwardConfig(32, 64, 8, 1),
+    ("ampere", 64, "bias and dropout"): BackwardConfig(32, 32, 4, 2),
+    ("ampere", 64, "dropout"): BackwardConfig(32, 64, 8, 1),
     ("ampere", 128): BackwardConfig(64, 64, 8, 1),
     ("ampere", 128, "packed"): BackwardConfig(32, 64, 8, 1),
+    ("ampere", 128, "bias and dropout"): BackwardConfig(64, 32, 8, 1),
     ("ampere", 256): BackwardConfig(16, 32, 8, 1),
     ("amd", 64): BackwardConfig(64, 64, 4, 1),
     ("amd", 128): BackwardConfig(32, 64, 4, 1),
@@ -117,10 +131,15 @@ _BACKWARD_KEYS: Mapping[_Key, BackwardConfig] = {
 # For dq: queries are held, keys walked.
 _BACKWARD_QUERIES: Mapping[_Key, BackwardConfig] = {
     ("hopper", 64): BackwardConfig(64, 64, 4, 3),  # 1.31 and 0.72 ms
+    ("hopper", 64, "bias"): BackwardConfig(64, 32, 4, 3),  # 2.28 ms, with keys of 64 2.38
     ("hopper", 128): BackwardConfig(64, 64, 4, 2),  # 1.32 and 0.76 ms
+    ("hopper", 128, "bias and dropout"): BackwardConfig(64, 32, 4, 2),  # 3.90 ms, with keys of 64 5.58
     ("hopper", 256): BackwardConfig(128, 32, 8, 2),  # 1.87 and 1.08 ms
     ("ampere", 64): BackwardConfig(64, 64, 4, 2),
+    ("ampere", 64, "bias and dropout"): BackwardConfig(32, 64, 4, 2),
+    ("ampere", 64, "scores"): BackwardConfig(64, 32, 4, 2),
     ("ampere", 128): BackwardConfig(64, 32, 4, 1),
+    ("ampere", 128, "bias"): BackwardConfig(64, 32, 8, 1),
     ("ampere", 256): BackwardConfig(32, 32, 8, 1),
     ("amd", 64): BackwardConfig(64, 64, 4, 1),
     ("amd", 128): BackwardConfig(64, 32, 4, 1),
@@ -160,10 +179,27 @@ def _chosen(table: Mapping[_Key, _Config], of_fp32: Mapping[int, _Config], probl
     machine, width = _machine(problem.q), _width(problem.q, problem.v.shape[3])
     if problem.q.dtype is torch.float32:
         return of_fp32[width]
-    for option, given in (("packed", problem.packed is not None), ("bias", problem.attn_bias is not None)):
-        if given and (machine, width, option) in table:
-            return table[machine, width, option]
+    for need in _needs(problem):
+        if (machine, width, need) in table:
+            return table[machine, width, need]
     return table[machine, width]
+
+
+def _needs(problem: Problem) -> Iterator[str]:
+    """What of a call may need a configuration of its own, the most demanding first."""
+    bias, dropout = problem.attn_bias is not None, problem.dropout_p > 0
+    if bias and dropout:
+        yield "bias and dropout"
+    if bias:
+        yield "bias"
+    if dropout:
+        yield "dropout"
+    if problem.packed is not None:
+        yield "packed"
+    if bias or dropout or problem.softcap > 0 or problem.alibi_slopes is not None or problem.key_mask is not None:
+        yield "scores"  # every score takes more instructions
+    if problem.window_left >= 0:
+        yield "window"
 
 
 def forward_config(problem: Problem) -> ForwardConfig:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from onepass.core import device
 from onepass.core.triton_backend import aligned, is_hopper_or_newer
+from onepass.ops.attention.triton.tile import ALIBI_BEHIND
 
 LOG2_E = math.log2(math.e)
 FAR = 1 << 30  # windows are clamped here, so that 32-bit index arithmetic cannot overflow
@@ -165,6 +166,11 @@ class Problem:
             "VARLEN": self.packed is not None,
             "USED": self.packed is not None and self.packed.seqused_k is not None,
         }
+
+    def backward_constants(self) -> dict[str, Any]:
+        """ALiBi's parts round once each, which fp32's weights would show."""
+        behind = self.alibi_slopes is not None and self.window_right == 0 and self.q.dtype is not torch.float32
+        return self.constants() | ({"ALIBI": ALIBI_BEHIND.value} if behind else {})
 
 
 @dataclass(frozen=True)

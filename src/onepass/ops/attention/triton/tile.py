@@ -11,6 +11,8 @@ from onepass.core.triton_functions import tanh
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# Of ALIBI: no query sees a key ahead of it, so that |i + shift - j| is a number of the row less one of the column.
+ALIBI_BEHIND: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
@@ -193,7 +195,8 @@ def adjusted_scores(
     """(scores, the slope of softcap or 1.0) of products s = q k^T: scale, softcap, ALiBi, bias.
 
     scale: softmax_scale, or with SOFTCAP softmax_scale / softcap. slope: of ALiBi. near: a number near row + shift
-    and col: distances from it are taken in fp32, converted once a row and a column.
+    and col: distances from it are taken in fp32, converted once a row and a column. ALIBI_BEHIND leaves the row's part
+    to the caller.
     """
     cap_slope = 1.0
     if SOFTCAP:
@@ -202,7 +205,9 @@ def adjusted_scores(
         s = t * softcap
     else:
         s = s * scale
-    if ALIBI:
+    if ALIBI == ALIBI_BEHIND:
+        s += slope * (col - near).to(tl.float32)
+    elif ALIBI:
         s -= slope * tl.abs((row + shift - near).to(tl.float32) - (col - near).to(tl.float32))
     if BIAS:
         s += bias.to(tl.float32)
@@ -245,7 +250,7 @@ def with_sink(acc, largest, total, sink):
 def kept(rng_ptr, threshold, sheet, row, first_col, ROWS: tl.constexpr, COLS: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Which weights dropout keeps, (ROWS, COLS) or its transpose; docs/conventions.md has the definition.
 
-    sheet: batch * nheads_q + head. threshold: ceil(p * 2**32), an int64. first_col is a multiple of 4.
+    sheet: batch * nheads_q + head. threshold: ceil(p * 2**32), an int64 of at least 1. first_col is a multiple of 4.
     """
     seed = tl.load(rng_ptr)
     offset = tl.load(rng_ptr + 1)
@@ -259,7 +264,7 @@ def kept(rng_ptr, threshold, sheet, row, first_col, ROWS: tl.constexpr, COLS: tl
         zero + quad.to(tl.uint32)[None, :],
     )
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (ROWS, COLS / 4, 2, 2): word 2 x + y is at [x, y]
-    keep = tl.reshape(words, (ROWS, COLS)).to(tl.int64) >= threshold
+    keep = tl.reshape(words, (ROWS, COLS)) > (threshold - 1).to(tl.uint32)  # p = 1 keeps none
     if TRANSPOSED:
         keep = tl.trans(keep)
     return keep
@@ -275,6 +280,8 @@ def weights(
     cap_slope = 1.0
     if SOFTCAP or ALIBI or BIAS:
         s, cap_slope = adjusted_scores(s, row, col, near, shift, scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS)
+        if ALIBI == ALIBI_BEHIND:
+            lse2 += slope * LOG2_E * (row + shift - near).to(tl.float32)
         p = tl.exp2(s * LOG2_E - lse2)
     else:
         p = tl.exp2(s * scale - lse2)
