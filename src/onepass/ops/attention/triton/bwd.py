@@ -28,6 +28,7 @@ from onepass.ops.attention.triton.config import (
 from onepass.ops.attention.triton.problem import BY_POINTERS, Held, Problem, block_of, tensors_of, walked
 from onepass.ops.attention.triton.tile import (
     LOG2_E,
+    MOST_LSE,
     kept,
     load_tile,
     part_of,
@@ -47,7 +48,10 @@ def _delta_kernel(
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_DSINK: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta; lse in log2 units, +inf where a query sees no key, so that its weights are exp2(-inf) = 0."""
+    """delta; lse in log2 units, +inf where a query sees no key, so that its weights are exp2(-inf) = 0.
+
+    An lse so large that no digit is left for weights, which only a bias makes, is another such: they might be inf.
+    """
     blocks = tl.cdiv(seqlen_q, BLOCK_M)
     sheet = tl.program_id(0) // blocks
     batch = (sheet // nheads_q).to(tl.int64)
@@ -65,7 +69,7 @@ def _delta_kernel(
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + at, mask=there, other=0.0)
     lse = tl.load(lse_ptr + at, mask=there, other=0.0)
-    empty = lse == -float("inf")
+    empty = (lse == -float("inf")) | ((tl.abs(lse) > MOST_LSE) & (lse < float("inf")))
     delta = tl.where(empty, 0.0, delta)  # dlse of -inf may be anything
     tl.store(delta_ptr + at, delta, mask=there)
     tl.store(lse2_ptr + at, tl.where(empty, float("inf"), lse * LOG2_E), mask=there)

@@ -37,6 +37,7 @@ class ForwardConfig:
     schedule: Schedule = Schedule.ONE
     programs_per_processor: int = 1  # persistent schedules only
     tma: bool = True  # where it can be
+    lazy: bool = True  # the same: the largest score is looked for only where weights have become large
 
 
 @dataclass(frozen=True)
@@ -89,18 +90,18 @@ _FORWARD: Mapping[_Key, ForwardConfig] = {
     ("hopper", 128, "dropout"): ForwardConfig(64, 64, 4, 2),  # causal 234, with 3 stages 204
     ("hopper", 128, "bias"): ForwardConfig(128, 64, 8, 4),  # 420
     ("hopper", 256): ForwardConfig(128, 64, 8, 2),  # 518 and 446
-    ("ampere", 64): ForwardConfig(64, 64, 4, 3),
-    ("ampere", 64, "bias and dropout"): ForwardConfig(64, 32, 4, 3),
-    ("ampere", 128): ForwardConfig(128, 64, 8, 2),
-    ("ampere", 128, "packed"): ForwardConfig(128, 32, 8, 2),
-    ("ampere", 128, "bias and dropout"): ForwardConfig(64, 32, 8, 2),
-    ("ampere", 128, "dropout"): ForwardConfig(64, 64, 8, 2),
-    ("ampere", 128, "scores"): ForwardConfig(128, 32, 8, 2),
-    ("ampere", 128, "window"): ForwardConfig(128, 32, 8, 2),
-    ("ampere", 256): ForwardConfig(64, 32, 8, 1),
-    ("amd", 64): ForwardConfig(128, 64, 4, 1),
-    ("amd", 128): ForwardConfig(128, 64, 4, 1),
-    ("amd", 256): ForwardConfig(64, 32, 4, 1),
+    ("ampere", 64): ForwardConfig(64, 64, 4, 3, lazy=False),
+    ("ampere", 64, "bias and dropout"): ForwardConfig(64, 32, 4, 3, lazy=False),
+    ("ampere", 128): ForwardConfig(128, 64, 8, 2, lazy=False),
+    ("ampere", 128, "packed"): ForwardConfig(128, 32, 8, 2, lazy=False),
+    ("ampere", 128, "bias and dropout"): ForwardConfig(64, 32, 8, 2, lazy=False),
+    ("ampere", 128, "dropout"): ForwardConfig(64, 64, 8, 2, lazy=False),
+    ("ampere", 128, "scores"): ForwardConfig(128, 32, 8, 2, lazy=False),
+    ("ampere", 128, "window"): ForwardConfig(128, 32, 8, 2, lazy=False),
+    ("ampere", 256): ForwardConfig(64, 32, 8, 1, lazy=False),
+    ("amd", 64): ForwardConfig(128, 64, 4, 1, lazy=False),
+    ("amd", 128): ForwardConfig(128, 64, 4, 1, lazy=False),
+    ("amd", 256): ForwardConfig(64, 32, 4, 1, lazy=False),
 }
 # fp32 products are multiply-adds, whose operands lie in registers: at head_dim 128 the backward spills 16 bytes, at 256
 # 304.

@@ -132,7 +132,7 @@ def _attend(
             if LEFT or RIGHT:
                 seen = seen & visible(row[:, None], key[None, :], shift, window_left, window_right, LEFT, RIGHT)
             s = tl.where(seen, s, -float("inf"))
-        p, correction, largest, total = softmax_step(s, LOG2_E, largest, total, 1)
+        p, correction, largest, total = softmax_step(s, LOG2_E, largest, total, 1, False)
         p = p.to(q.dtype)
         if V_DTYPE is None:
             accs = (tl.dot(p, v.to(q.dtype), accs[0] * correction[:, None], input_precision=PRECISION),)
@@ -231,7 +231,7 @@ def _decode_kernel(
         )  # fmt: skip
     acc = _interleaved(accs, V_DTYPE is not None)
     if SINK and not SPLIT:
-        acc, largest, total = with_sink(acc, largest, total, tl.load(sink_ptr + head))
+        acc, largest, total = with_sink(acc, largest, total, tl.load(sink_ptr + head), False)
     empty = total == 0.0
     top = tl.where(largest == -float("inf"), 0.0, largest)
     out = acc / tl.where(empty, 1.0, total)[:, None]

@@ -225,7 +225,9 @@ def _attend(
             if LEFT or RIGHT:
                 seen = seen & visible(row[None, :], key[:, None], shift, window_left, window_right, LEFT, RIGHT)
             s = tl.where(seen, s, -float("inf"))
-        p, correction, largest, total = softmax_step(s, LOG2_E if ADJUSTED else LOG2_E * q_power, largest, total, 0)
+        p, correction, largest, total = softmax_step(
+            s, LOG2_E if ADJUSTED else LOG2_E * q_power, largest, total, 0, False
+        )
         new_accs, new_weights, new_flat = (), (), ()
         for group in tl.static_range(V_GROUPS):
             v_scale, v_shift = _scale_and_shift(

@@ -22,7 +22,11 @@ from onepass.ops.attention.triton.tile import (
     LOG2_E,
     adjusted_scores,
     kept,
+    lazy_softmax_step,
     load_tile,
+    lost_a_row,
+    must_be_careful,
+    nothing_seen,
     page_entries,
     paged_tile,
     part_of,
@@ -39,19 +43,24 @@ from onepass.ops.attention.triton.tile import (
 
 @triton.jit
 def _attend(
-    q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
+    q, acc, largest, total, always, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
     key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,
     start, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
     slope, shift, window_left, window_right, scale, softcap, threshold,
     EDGE: tl.constexpr, CUT: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    PAGED: tl.constexpr, TMA: tl.constexpr,
+    PAGED: tl.constexpr, TMA: tl.constexpr, LAZY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The keys from start to end; in EDGE blocks some are unseen, in CUT blocks some do not exist."""
+    """The keys from start to end; in EDGE blocks some are unseen, in CUT blocks some do not exist.
+
+    LAZY steps are all careful with `always`.
+    """
     PLAIN: tl.constexpr = not (SOFTCAP or ALIBI or BIAS)
     lane = tl.arange(0, BLOCK_N)
+    careful = True
+    parts = tl.zeros((BLOCK_M, 8), tl.float32)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         col = first + lane
         ahead = tl.cast(first, tl.int64)
@@ -87,10 +96,13 @@ def _attend(
             key_seen = tl.load(key_mask_ptrs + ahead * stride_mk, mask=col < seqlen_k, other=0) != 0
             s = tl.where(key_seen[None, :], s, -float("inf"))
         unit = scale if PLAIN else LOG2_E  # positive: q has the sign that makes the scale so
-        p, correction, largest, total = softmax_step(s, unit, largest, total, 1)
+        if LAZY:
+            p, acc, largest, total, parts = lazy_softmax_step(s, unit, acc, largest, total, parts, careful, BIAS)
+        else:
+            p, correction, largest, total = softmax_step(s, unit, largest, total, 1, BIAS)
+            acc = acc * correction[:, None]
         if DROPOUT:
             p = tl.where(kept(rng_ptr, threshold, sheet, row, first, BLOCK_M, BLOCK_N, False), p, 0.0)
-        acc = acc * correction[:, None]
         if PAGED:
             v = paged_tile(
                 v_base, page, place, stored & exists, stride_vp, stride_vs, stride_vd, HEAD_DIM_V, BLOCK_N, BLOCK_DV
@@ -103,6 +115,10 @@ def _attend(
         if KEY_MASK:  # what is masked may hold anything
             v = tl.where(key_seen[:, None], v, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        if LAZY:  # while the product runs
+            careful = always | must_be_careful(largest, parts)
+    if LAZY:
+        total += tl.sum(parts, 1)
     return acc, largest, total
 
 
@@ -123,8 +139,8 @@ def _tile(
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     VARLEN: tl.constexpr, USED: tl.constexpr, PAGED: tl.constexpr, TMA: tl.constexpr,
-    SINK: tl.constexpr, SIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
-    STAGES: tl.constexpr,
+    SINK: tl.constexpr, SIGNED: tl.constexpr, LAZY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile: BLOCK_M queries of one head."""
     blocks = tl.cdiv(seqlen_q, BLOCK_M)
@@ -188,30 +204,36 @@ def _tile(
     start, inner_start, inner_end, end = seen_range(
         first_row, last_row, window_left - shift, window_right + shift, seqlen_k, LEFT, RIGHT, BLOCK_N
     )
-    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
     # Blocks before the inner ones (only a window has such), those, blocks after them, and the one that the end cuts.
     whole_end = whole_blocks(end, inner_end, seqlen_k, EVEN, BLOCK_N)
-    for part in tl.static_range(0 if LEFT else 1, 3 if EVEN else 4):
-        if part != 2 or LEFT or RIGHT:
-            first, last = part_of(part, start, inner_start, inner_end, whole_end, end)
-            acc, largest, total = _attend(
-                q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
-                key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,
-                first, last, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
-                slope, shift, window_left, window_right, scale, softcap, threshold,
-                part != 1, part == 3, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS,
-                KEY_MASK, DROPOUT, PRECISION, PAGED, TMA, BLOCK_M, BLOCK_N, STAGES,
-            )  # fmt: skip
+    acc, largest, total = nothing_seen(BLOCK_M, BLOCK_DV)
+    walks = 0
+    while walks < 2:  # the second one only where lazy steps lost a row
+        acc, largest, total = nothing_seen(BLOCK_M, BLOCK_DV)
+        for part in tl.static_range(0 if LEFT else 1, 3 if EVEN else 4):
+            if part != 2 or LEFT or RIGHT:
+                first, last = part_of(part, start, inner_start, inner_end, whole_end, end)
+                acc, largest, total = _attend(
+                    q, acc, largest, total, walks > 0,
+                    k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
+                    key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,
+                    first, last, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
+                    slope, shift, window_left, window_right, scale, softcap, threshold,
+                    part != 1, part == 3, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS,
+                    KEY_MASK, DROPOUT, PRECISION, PAGED, TMA, LAZY and part == 1, BLOCK_M, BLOCK_N, STAGES,
+                )  # fmt: skip
+        if LAZY:
+            walks += tl.where(lost_a_row(acc, total), 1, 2)
+        else:
+            walks = 2
     if SINK:
-        acc, largest, total = with_sink(acc, largest, total, tl.load(sink_ptr + head))
+        acc, largest, total = with_sink(acc, largest, total, tl.load(sink_ptr + head), BIAS)
     top = tl.where(largest == -float("inf"), 0.0, largest)
     empty = total == 0.0
     weight = 1.0 / tl.where(empty, 1.0, total)
     if DROPOUT:
         weight *= kept_scale
-    lse = tl.where(empty, -float("inf"), top * LN_2 + tl.log(total))
+    lse = tl.where(empty, -float("inf"), (top if BIAS else top * LN_2) + tl.log(total))
     if VARLEN:
         lse_ptr += head.to(tl.int64) * total_q + first_q
     else:
@@ -253,8 +275,8 @@ def _fwd_kernel(
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     VARLEN: tl.constexpr, USED: tl.constexpr, PAGED: tl.constexpr, TMA: tl.constexpr,
-    SINK: tl.constexpr, SIGNED: tl.constexpr, SCHEDULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EVEN: tl.constexpr, STAGES: tl.constexpr,
+    SINK: tl.constexpr, SIGNED: tl.constexpr, LAZY: tl.constexpr, SCHEDULE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program takes one tile; or every so-many-th; or, SCHEDULE "dynamic", the next one that nobody has taken."""
     tile = tl.program_id(0)
@@ -275,7 +297,7 @@ def _fwd_kernel(
             shift, window_left, window_right, scale, softcap, threshold, kept_scale,
             cu_q_ptr, cu_k_ptr, used_k_ptr, total_q, total_k,
             GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT,
-            PRECISION, VARLEN, USED, PAGED, TMA, SINK, SIGNED, BLOCK_M, BLOCK_N, EVEN, STAGES,
+            PRECISION, VARLEN, USED, PAGED, TMA, SINK, SIGNED, LAZY, BLOCK_M, BLOCK_N, EVEN, STAGES,
         )  # fmt: skip
     else:
         while tile < tiles:
@@ -290,7 +312,7 @@ def _fwd_kernel(
                 shift, window_left, window_right, scale, softcap, threshold, kept_scale,
                 cu_q_ptr, cu_k_ptr, used_k_ptr, total_q, total_k,
                 GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK, DROPOUT,
-                PRECISION, VARLEN, USED, PAGED, TMA, SINK, SIGNED, BLOCK_M, BLOCK_N, EVEN, STAGES,
+                PRECISION, VARLEN, USED, PAGED, TMA, SINK, SIGNED, LAZY, BLOCK_M, BLOCK_N, EVEN, STAGES,
             )  # fmt: skip
             if SCHEDULE == "dynamic":
                 tile = tl.atomic_add(counter_ptr, 1, sem="relaxed")
@@ -348,6 +370,7 @@ def run(problem: Problem, config: ForwardConfig) -> tuple[Tensor, Tensor]:
             "TMA": tma,
             "SINK": sink is not None,
             "SIGNED": sign != 1.0,
+            "LAZY": config.lazy and problem.lazy,
             "SCHEDULE": config.schedule.value,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,

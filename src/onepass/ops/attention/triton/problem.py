@@ -82,6 +82,11 @@ class Problem:
         return self.packed is not None and self.packed.page_table is not None
 
     @property
+    def lazy(self) -> bool:
+        """Whether weights may be far above 1: bf16 has fp32's range. Masked keys leave rows without a maximum."""
+        return self.q.dtype is torch.bfloat16 and self.key_mask is None and not self.paged
+
+    @property
     def shift(self) -> int:
         """For packed sequences 1, by which each one's own is multiplied; 0 for the top left."""
         if self.packed is not None:

@@ -11,6 +11,10 @@ from onepass.core.triton_functions import tanh
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+MOST_LSE: tl.constexpr = tl.constexpr(2.0**24)
+# Of lazy_softmax_step, in units of log2 and of weights.
+LOW: tl.constexpr = tl.constexpr(-64.0)
+LARGE: tl.constexpr = tl.constexpr(2.0**40)
 # Of ALIBI: no query sees a key ahead of it, so that |i + shift - j| is a number of the row less one of the column.
 ALIBI_BEHIND: tl.constexpr = tl.constexpr(2)
 
@@ -222,28 +226,80 @@ def power_of(x):
 
 
 @triton.jit
-def softmax_step(s, unit, largest, total, AXIS: tl.constexpr):
+def nothing_seen(ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The output, maximum and sum before the first key."""
+    return (
+        tl.zeros((ROWS, COLS), tl.float32),
+        tl.full((ROWS,), -float("inf"), tl.float32),
+        tl.zeros((ROWS,), tl.float32),
+    )
+
+
+@triton.jit
+def softmax_step(s, unit, largest, total, AXIS: tl.constexpr, EXACT: tl.constexpr):
     """(weights of a block's scores, what earlier sums are multiplied by, the new maximum and sum).
 
-    unit: to log2, a number or one for each row. AXIS: of the keys.
+    unit: to log2, a number or one for each row. AXIS: of the keys. EXACT: scores may be as large as a bias makes them,
+    of which products with `unit` overflow or round by more than a power of two; then maxima are not in log2 either.
     """
     before = largest
-    largest = tl.maximum(largest, tl.max(s, AXIS) * unit)
-    top = tl.where(largest == -float("inf"), 0.0, largest)
-    p = tl.exp2(s * unit - tl.expand_dims(top, AXIS))
-    correction = tl.exp2(before - top)
+    if EXACT:
+        largest = tl.maximum(largest, tl.max(s, AXIS))
+        top = tl.where(largest == -float("inf"), 0.0, largest)
+        p = tl.exp2((s - tl.expand_dims(top, AXIS)) * unit)
+        correction = tl.exp2((before - top) * unit)
+    else:
+        largest = tl.maximum(largest, tl.max(s, AXIS) * unit)
+        top = tl.where(largest == -float("inf"), 0.0, largest)
+        p = tl.exp2(s * unit - tl.expand_dims(top, AXIS))
+        correction = tl.exp2(before - top)
     return p, correction, largest, total * correction + tl.sum(p, AXIS)
 
 
 @triton.jit
-def with_sink(acc, largest, total, sink):
+def lazy_softmax_step(s, unit, acc, largest, total, parts, careful, EXACT: tl.constexpr):
+    """softmax_step with a maximum that may be of an earlier block: only a `careful` step looks for a new one.
+
+    Weights are then above 1, which floating point has room for, and nothing is multiplied by a correction. `parts` are
+    sums of weights, (rows, 8), each of keys that one thread holds, so that threads need not meet; the total is with
+    them. Returns (weights, acc, largest, total, parts).
+    """
+    if careful:
+        p, correction, largest, _ = softmax_step(s, unit, largest, total, 1, EXACT)
+        acc = acc * correction[:, None]
+        total = total * correction
+        parts = parts * correction[:, None]
+    else:
+        p = tl.exp2(s * unit - (largest * unit if EXACT else largest)[:, None])
+    return p, acc, largest, total, parts + tl.sum(tl.reshape(p, (s.shape[0], s.shape[1] // 8, 8)), 1)
+
+
+@triton.jit
+def must_be_careful(largest, parts):
+    """Whether the next block's step must look for the maximum: a weight was large, or a row's maximum is no guide."""
+    limit = tl.where(largest > LOW, LARGE, -1.0)
+    return tl.max((tl.max(parts, 1) > limit).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def lost_a_row(acc, total):
+    """Whether a weight of a lazy step was so large that sums are not finite, or that they may have been."""
+    lost = tl.where(tl.abs(acc) < float("inf"), 0, 1)
+    return tl.max(tl.max(lost, 1) | tl.where(total < LARGE * LARGE, 0, 1), 0) > 0
+
+
+@triton.jit
+def with_sink(acc, largest, total, sink, EXACT: tl.constexpr):
     """The running output, maximum and sum of rows with one logit more, which adds no value."""
-    sink = sink.to(tl.float32) * LOG2_E
+    sink = sink.to(tl.float32)
+    unit: tl.constexpr = LOG2_E if EXACT else 1.0
+    if not EXACT:
+        sink *= LOG2_E
     before = largest
     largest = tl.maximum(largest, sink)
     top = tl.where(largest == -float("inf"), 0.0, largest)
-    correction = tl.exp2(before - top)
-    return acc * correction[:, None], largest, total * correction + tl.exp2(sink - top)
+    correction = tl.exp2((before - top) * unit)
+    return acc * correction[:, None], largest, total * correction + tl.exp2((sink - top) * unit)
 
 
 @triton.jit
