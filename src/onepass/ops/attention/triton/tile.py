@@ -264,13 +264,16 @@ def lazy_softmax_step(s, unit, acc, largest, total, parts, careful, EXACT: tl.co
     sums of weights, (rows, 8), each of keys that one thread holds, so that threads need not meet; the total is with
     them. Returns (weights, acc, largest, total, parts).
     """
+    p = s
     if careful:
         p, correction, largest, _ = softmax_step(s, unit, largest, total, 1, EXACT)
         acc = acc * correction[:, None]
         total = total * correction
         parts = parts * correction[:, None]
-    else:
-        p = tl.exp2(s * unit - (largest * unit if EXACT else largest)[:, None])
+    elif EXACT:
+        p = tl.exp2(s * unit - (largest * unit)[:, None])
+    if not EXACT:  # outside of the branches: Triton 3.6 does not compile a product that is used in them alone
+        p = tl.exp2(s * unit - tl.where(largest == -float("inf"), 0.0, largest)[:, None])
     return p, acc, largest, total, parts + tl.sum(tl.reshape(p, (s.shape[0], s.shape[1] // 8, 8)), 1)
 
 
