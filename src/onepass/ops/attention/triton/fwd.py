@@ -21,11 +21,10 @@ from onepass.ops.attention.triton.tile import (
     LN_2,
     LOG2_E,
     adjusted_scores,
+    is_a_guide,
     kept,
-    lazy_softmax_step,
     load_tile,
     lost_a_row,
-    must_be_careful,
     nothing_seen,
     page_entries,
     paged_tile,
@@ -42,11 +41,29 @@ from onepass.ops.attention.triton.tile import (
 
 
 @triton.jit
+def _scores(
+    q, k, first, col, seqlen_k, bias_ptrs, stride_bk, row, slope, shift, scale, softcap, CUT: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of a block of keys, from `first` on; products of q and k where no option changes them."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SOFTCAP or ALIBI or BIAS:
+        bias = 0.0
+        if BIAS:
+            bias_tile = bias_ptrs + tl.cast(first, tl.int64) * stride_bk
+            bias = tl.load(bias_tile, mask=(col < seqlen_k)[None, :], other=0.0) if CUT else tl.load(bias_tile)
+        s, _ = adjusted_scores(
+            s, row[:, None], col[None, :], first, shift, scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS
+        )
+    return s
+
+
+@triton.jit
 def _attend(
-    q, acc, largest, total, always, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
+    q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
     key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,
     start, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
-    slope, shift, window_left, window_right, scale, softcap, threshold,
+    slope, shift, window_left, window_right, scale, softcap, threshold, unit,
     EDGE: tl.constexpr, CUT: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -55,11 +72,11 @@ def _attend(
 ):  # fmt: skip
     """The keys from start to end; in EDGE blocks some are unseen, in CUT blocks some do not exist.
 
-    LAZY steps are all careful with `always`.
+    LAZY: `largest` stays, and weights may be above 1, for which floating point has room. So nothing is multiplied by a
+    correction, and sums of the keys that one thread holds are added up at the end.
     """
-    PLAIN: tl.constexpr = not (SOFTCAP or ALIBI or BIAS)
     lane = tl.arange(0, BLOCK_N)
-    careful = True
+    top = largest * unit if BIAS else largest
     parts = tl.zeros((BLOCK_M, 8), tl.float32)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         col = first + lane
@@ -76,17 +93,12 @@ def _attend(
                 k_base, k_desc, first, stride_ks, stride_kd, k_row, k_col, seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, CUT,
                 TMA,
             )  # fmt: skip
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s = _scores(
+            q, k, first, col, seqlen_k, bias_ptrs, stride_bk, row, slope, shift, scale, softcap, CUT, SOFTCAP, ALIBI,
+            BIAS, PRECISION,
+        )  # fmt: skip
         if PAGED:  # a page that does not exist is not read, and shows as NaN
             s = tl.where((stored & ~exists)[None, :], float("nan"), s)
-        if not PLAIN:
-            bias = 0.0
-            if BIAS:
-                bias_tile = bias_ptrs + ahead * stride_bk
-                bias = tl.load(bias_tile, mask=(col < seqlen_k)[None, :], other=0.0) if CUT else tl.load(bias_tile)
-            s, _ = adjusted_scores(
-                s, row[:, None], col[None, :], first, shift, scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS
-            )
         if CUT:
             s = tl.where((col < seqlen_k)[None, :], s, -float("inf"))
         if EDGE and (LEFT or RIGHT):
@@ -95,9 +107,9 @@ def _attend(
         if KEY_MASK:
             key_seen = tl.load(key_mask_ptrs + ahead * stride_mk, mask=col < seqlen_k, other=0) != 0
             s = tl.where(key_seen[None, :], s, -float("inf"))
-        unit = scale if PLAIN else LOG2_E  # positive: q has the sign that makes the scale so
         if LAZY:
-            p, acc, largest, total, parts = lazy_softmax_step(s, unit, acc, largest, total, parts, careful, BIAS)
+            p = tl.exp2(s * unit - top[:, None])
+            parts += tl.sum(tl.reshape(p, (BLOCK_M, BLOCK_N // 8, 8)), 1)
         else:
             p, correction, largest, total = softmax_step(s, unit, largest, total, 1, BIAS)
             acc = acc * correction[:, None]
@@ -115,8 +127,6 @@ def _attend(
         if KEY_MASK:  # what is masked may hold anything
             v = tl.where(key_seen[:, None], v, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-        if LAZY:  # while the product runs
-            careful = always | must_be_careful(largest, parts)
     if LAZY:
         total += tl.sum(parts, 1)
     return acc, largest, total
@@ -206,26 +216,46 @@ def _tile(
     )
     # Blocks before the inner ones (only a window has such), those, blocks after them, and the one that the end cuts.
     whole_end = whole_blocks(end, inner_end, seqlen_k, EVEN, BLOCK_N)
+    # To log2. Positive: q has the sign that makes the scale so.
+    unit = LOG2_E if SOFTCAP or ALIBI or BIAS else scale
     acc, largest, total = nothing_seen(BLOCK_M, BLOCK_DV)
-    walks = 0
-    while walks < 2:  # the second one only where lazy steps lost a row
-        acc, largest, total = nothing_seen(BLOCK_M, BLOCK_DV)
-        for part in tl.static_range(0 if LEFT else 1, 3 if EVEN else 4):
-            if part != 2 or LEFT or RIGHT:
-                first, last = part_of(part, start, inner_start, inner_end, whole_end, end)
-                acc, largest, total = _attend(
-                    q, acc, largest, total, walks > 0,
-                    k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
-                    key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,
-                    first, last, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
-                    slope, shift, window_left, window_right, scale, softcap, threshold,
-                    part != 1, part == 3, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS,
-                    KEY_MASK, DROPOUT, PRECISION, PAGED, TMA, LAZY and part == 1, BLOCK_M, BLOCK_N, STAGES,
-                )  # fmt: skip
-        if LAZY:
-            walks += tl.where(lost_a_row(acc, total), 1, 2)
-        else:
-            walks = 2
+    lazy_end = inner_end
+    if LAZY:  # every query sees the first inner block: by its scores the weights of the others go
+        k = walked_tile(
+            k_base, k_desc, inner_start, stride_ks, stride_kd, k_row, k_col, seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D,
+            not TMA, TMA,
+        )  # fmt: skip
+        s = _scores(
+            q, k, inner_start, inner_start + lane, seqlen_k, bias_ptrs, stride_bk, row, slope, shift, scale, softcap,
+            not EVEN, SOFTCAP, ALIBI, BIAS, PRECISION,
+        )  # fmt: skip
+        largest = tl.where(inner_start < inner_end, tl.max(s, 1) * (1.0 if BIAS else unit), -float("inf"))
+        lazy_end = tl.where(is_a_guide(largest), inner_end, inner_start)
+    for part in tl.static_range(0 if LEFT else 1, 3 if EVEN else 4):
+        if part != 2 or LEFT or RIGHT:
+            first, last = part_of(part, start, inner_start, lazy_end, whole_end, end)
+            acc, largest, total = _attend(
+                q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
+                key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,
+                first, last, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
+                slope, shift, window_left, window_right, scale, softcap, threshold, unit,
+                part != 1, part == 3, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS,
+                KEY_MASK, DROPOUT, PRECISION, PAGED, TMA, LAZY and part == 1, BLOCK_M, BLOCK_N, STAGES,
+            )  # fmt: skip
+    if LAZY:
+        again = lost_a_row(acc, total)
+        if not LEFT and not RIGHT:  # else the part after the inner blocks had them too
+            again |= lazy_end < inner_end
+        if again:
+            acc, largest, total = nothing_seen(BLOCK_M, BLOCK_DV)
+            acc, largest, total = _attend(
+                q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
+                key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,
+                start, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
+                slope, shift, window_left, window_right, scale, softcap, threshold, unit,
+                True, True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS,
+                KEY_MASK, DROPOUT, PRECISION, PAGED, TMA, False, BLOCK_M, BLOCK_N, STAGES,
+            )  # fmt: skip
     if SINK:
         acc, largest, total = with_sink(acc, largest, total, tl.load(sink_ptr + head), BIAS)
     top = tl.where(largest == -float("inf"), 0.0, largest)

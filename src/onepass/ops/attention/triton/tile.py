@@ -257,36 +257,14 @@ def softmax_step(s, unit, largest, total, AXIS: tl.constexpr, EXACT: tl.constexp
 
 
 @triton.jit
-def lazy_softmax_step(s, unit, acc, largest, total, parts, careful, EXACT: tl.constexpr):
-    """softmax_step with a maximum that may be of an earlier block: only a `careful` step looks for a new one.
-
-    Weights are then above 1, which floating point has room for, and nothing is multiplied by a correction. `parts` are
-    sums of weights, (rows, 8), each of keys that one thread holds, so that threads need not meet; the total is with
-    them. Returns (weights, acc, largest, total, parts).
-    """
-    p = s
-    if careful:
-        p, correction, largest, _ = softmax_step(s, unit, largest, total, 1, EXACT)
-        acc = acc * correction[:, None]
-        total = total * correction
-        parts = parts * correction[:, None]
-    elif EXACT:
-        p = tl.exp2(s * unit - (largest * unit)[:, None])
-    if not EXACT:  # outside of the branches: Triton 3.6 does not compile a product that is used in them alone
-        p = tl.exp2(s * unit - tl.where(largest == -float("inf"), 0.0, largest)[:, None])
-    return p, acc, largest, total, parts + tl.sum(tl.reshape(p, (s.shape[0], s.shape[1] // 8, 8)), 1)
-
-
-@triton.jit
-def must_be_careful(largest, parts):
-    """Whether the next block's step must look for the maximum: a weight was large, or a row's maximum is no guide."""
-    limit = tl.where(largest > LOW, LARGE, -1.0)
-    return tl.max((tl.max(parts, 1) > limit).to(tl.int32), 0) > 0
+def is_a_guide(largest):
+    """Whether the largest scores of some keys are what lazy steps of others may go by: none is tiny, or of no key."""
+    return tl.max(tl.where(largest > LOW, 0, 1), 0) == 0
 
 
 @triton.jit
 def lost_a_row(acc, total):
-    """Whether a weight of a lazy step was so large that sums are not finite, or that they may have been."""
+    """Whether weights of lazy steps were so large that sums are not finite, or may have been rounded to what is."""
     lost = tl.where(tl.abs(acc) < float("inf"), 0, 1)
     return tl.max(tl.max(lost, 1) | tl.where(total < LARGE * LARGE, 0, 1), 0) > 0
 
