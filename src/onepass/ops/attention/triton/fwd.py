@@ -221,15 +221,16 @@ def _tile(
     acc, largest, total = nothing_seen(BLOCK_M, BLOCK_DV)
     lazy_end = inner_end
     if LAZY:  # every query sees the first inner block: by its scores the weights of the others go
-        k = walked_tile(
-            k_base, k_desc, inner_start, stride_ks, stride_kd, k_row, k_col, seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D,
-            not TMA, TMA,
-        )  # fmt: skip
-        s = _scores(
-            q, k, inner_start, inner_start + lane, seqlen_k, bias_ptrs, stride_bk, row, slope, shift, scale, softcap,
-            not EVEN, SOFTCAP, ALIBI, BIAS, PRECISION,
-        )  # fmt: skip
-        largest = tl.where(inner_start < inner_end, tl.max(s, 1) * (1.0 if BIAS else unit), -float("inf"))
+        for first in tl.range(inner_start, tl.minimum(inner_end, inner_start + BLOCK_N), BLOCK_N, num_stages=1):
+            k = walked_tile(
+                k_base, k_desc, first, stride_ks, stride_kd, k_row, k_col, seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, False,
+                TMA,
+            )  # fmt: skip
+            s = _scores(
+                q, k, first, first + lane, seqlen_k, bias_ptrs, stride_bk, row, slope, shift, scale, softcap, False,
+                SOFTCAP, ALIBI, BIAS, PRECISION,
+            )  # fmt: skip
+            largest = tl.max(s, 1) * (1.0 if BIAS else unit)
         lazy_end = tl.where(is_a_guide(largest), inner_end, inner_start)
     for part in tl.static_range(0 if LEFT else 1, 3 if EVEN else 4):
         if part != 2 or LEFT or RIGHT:
@@ -253,7 +254,7 @@ def _tile(
                 key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,
                 start, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
                 slope, shift, window_left, window_right, scale, softcap, threshold, unit,
-                True, True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS,
+                True, not EVEN, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS,
                 KEY_MASK, DROPOUT, PRECISION, PAGED, TMA, False, BLOCK_M, BLOCK_N, STAGES,
             )  # fmt: skip
     if SINK:
