@@ -41,29 +41,11 @@ from onepass.ops.attention.triton.tile import (
 
 
 @triton.jit
-def _scores(
-    q, k, first, col, seqlen_k, bias_ptrs, stride_bk, row, slope, shift, scale, softcap, CUT: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Of a block of keys, from `first` on; products of q and k where no option changes them."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if SOFTCAP or ALIBI or BIAS:
-        bias = 0.0
-        if BIAS:
-            bias_tile = bias_ptrs + tl.cast(first, tl.int64) * stride_bk
-            bias = tl.load(bias_tile, mask=(col < seqlen_k)[None, :], other=0.0) if CUT else tl.load(bias_tile)
-        s, _ = adjusted_scores(
-            s, row[:, None], col[None, :], first, shift, scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS
-        )
-    return s
-
-
-@triton.jit
 def _attend(
     q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
     key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,
     start, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
-    slope, shift, window_left, window_right, scale, softcap, threshold, unit,
+    slope, shift, window_left, window_right, scale, softcap, threshold,
     EDGE: tl.constexpr, CUT: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -75,6 +57,8 @@ def _attend(
     LAZY: `largest` stays, and weights may be above 1, for which floating point has room. So nothing is multiplied by a
     correction, and sums of the keys that one thread holds are added up at the end.
     """
+    PLAIN: tl.constexpr = not (SOFTCAP or ALIBI or BIAS)
+    unit = scale if PLAIN else LOG2_E  # positive: q has the sign that makes the scale so
     lane = tl.arange(0, BLOCK_N)
     top = largest * unit if BIAS else largest
     parts = tl.zeros((BLOCK_M, 8), tl.float32)
@@ -93,12 +77,17 @@ def _attend(
                 k_base, k_desc, first, stride_ks, stride_kd, k_row, k_col, seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, CUT,
                 TMA,
             )  # fmt: skip
-        s = _scores(
-            q, k, first, col, seqlen_k, bias_ptrs, stride_bk, row, slope, shift, scale, softcap, CUT, SOFTCAP, ALIBI,
-            BIAS, PRECISION,
-        )  # fmt: skip
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if PAGED:  # a page that does not exist is not read, and shows as NaN
             s = tl.where((stored & ~exists)[None, :], float("nan"), s)
+        if not PLAIN:
+            bias = 0.0
+            if BIAS:
+                bias_tile = bias_ptrs + ahead * stride_bk
+                bias = tl.load(bias_tile, mask=(col < seqlen_k)[None, :], other=0.0) if CUT else tl.load(bias_tile)
+            s, _ = adjusted_scores(
+                s, row[:, None], col[None, :], first, shift, scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS
+            )
         if CUT:
             s = tl.where((col < seqlen_k)[None, :], s, -float("inf"))
         if EDGE and (LEFT or RIGHT):
@@ -216,22 +205,19 @@ def _tile(
     )
     # Blocks before the inner ones (only a window has such), those, blocks after them, and the one that the end cuts.
     whole_end = whole_blocks(end, inner_end, seqlen_k, EVEN, BLOCK_N)
-    # To log2. Positive: q has the sign that makes the scale so.
-    unit = LOG2_E if SOFTCAP or ALIBI or BIAS else scale
     acc, largest, total = nothing_seen(BLOCK_M, BLOCK_DV)
     lazy_end = inner_end
-    if LAZY:  # every query sees the first inner block: by its scores the weights of the others go
-        for first in tl.range(inner_start, tl.minimum(inner_end, inner_start + BLOCK_N), BLOCK_N, num_stages=1):
-            k = walked_tile(
-                k_base, k_desc, first, stride_ks, stride_kd, k_row, k_col, seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, False,
-                TMA,
-            )  # fmt: skip
-            s = _scores(
-                q, k, first, first + lane, seqlen_k, bias_ptrs, stride_bk, row, slope, shift, scale, softcap, False,
-                SOFTCAP, ALIBI, BIAS, PRECISION,
-            )  # fmt: skip
-            largest = tl.max(s, 1) * (1.0 if BIAS else unit)
+    if LAZY:  # every query sees the inner keys: by the score of one of them go the weights of all
+        guide = (inner_end - 1 if RIGHT else inner_start).to(tl.int64)
+        some = inner_start < inner_end
+        k_ptrs = k_base + guide * stride_ks + feature.to(tl.int64) * stride_kd
+        k = tl.load(k_ptrs, mask=some & (feature < HEAD_DIM), other=0.0)
+        largest = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scale
+        if BIAS:
+            column = bias_ptr + batch * stride_bb + head.to(tl.int64) * stride_bh + guide * stride_bk
+            largest += tl.load(column + row_read * stride_bq, mask=some & there, other=0.0).to(tl.float32)
         lazy_end = tl.where(is_a_guide(largest), inner_end, inner_start)
+        largest = tl.where(some, largest, -float("inf"))
     for part in tl.static_range(0 if LEFT else 1, 3 if EVEN else 4):
         if part != 2 or LEFT or RIGHT:
             first, last = part_of(part, start, inner_start, lazy_end, whole_end, end)
@@ -239,7 +225,7 @@ def _tile(
                 q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
                 key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,
                 first, last, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
-                slope, shift, window_left, window_right, scale, softcap, threshold, unit,
+                slope, shift, window_left, window_right, scale, softcap, threshold,
                 part != 1, part == 3, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS,
                 KEY_MASK, DROPOUT, PRECISION, PAGED, TMA, LAZY and part == 1, BLOCK_M, BLOCK_N, STAGES,
             )  # fmt: skip
@@ -253,7 +239,7 @@ def _tile(
                 q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
                 key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,
                 start, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
-                slope, shift, window_left, window_right, scale, softcap, threshold, unit,
+                slope, shift, window_left, window_right, scale, softcap, threshold,
                 True, not EVEN, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS,
                 KEY_MASK, DROPOUT, PRECISION, PAGED, TMA, False, BLOCK_M, BLOCK_N, STAGES,
             )  # fmt: skip

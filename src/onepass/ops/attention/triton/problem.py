@@ -18,6 +18,7 @@ FAR = 1 << 30  # windows are clamped here, so that 32-bit index arithmetic canno
 
 
 TMA_SEQLEN = 1024
+LAZY_SEQLEN = 512
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -83,8 +84,13 @@ class Problem:
 
     @property
     def lazy(self) -> bool:
-        """Whether weights may be far above 1: bf16 has fp32's range. Masked keys leave rows without a maximum."""
-        return self.q.dtype is torch.bfloat16 and self.key_mask is None and not self.paged
+        """Whether the forward's weights may be far above 1: bf16 has fp32's range.
+
+        Short walks do not pay for the start, nor do options that take many instructions or registers; ALiBi's scores
+        and masked keys leave that range.
+        """
+        plain = self.softcap == 0.0 and self.alibi_slopes is None and self.key_mask is None and self.dropout_p == 0.0
+        return self.q.dtype is torch.bfloat16 and self.seqlen_k >= LAZY_SEQLEN and plain and not self.paged
 
     @property
     def shift(self) -> int:

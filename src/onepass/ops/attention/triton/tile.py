@@ -315,10 +315,10 @@ def weights(
 ):  # fmt: skip
     """(p, the slope of softcap) of products s = q k^T; row, col, lse2 and seen broadcast to its shape."""
     cap_slope = 1.0
+    if ALIBI == ALIBI_BEHIND:  # before the products are waited for
+        lse2 += slope * LOG2_E * (row + shift - near).to(tl.float32)
     if SOFTCAP or ALIBI or BIAS:
         s, cap_slope = adjusted_scores(s, row, col, near, shift, scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS)
-        if ALIBI == ALIBI_BEHIND:
-            lse2 += slope * LOG2_E * (row + shift - near).to(tl.float32)
         p = tl.exp2(s * LOG2_E - lse2)
     else:
         p = tl.exp2(s * scale - lse2)
