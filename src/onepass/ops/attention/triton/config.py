@@ -154,7 +154,7 @@ _BACKWARD_FP32 = {
 # For dbias: a tile of it is held; stages are not used.
 _BACKWARD_BIAS = {
     64: BackwardConfig(64, 64, 4, 1),
-    128: BackwardConfig(32, 64, 4, 1),
+    128: BackwardConfig(64, 32, 4, 1),
     256: BackwardConfig(32, 32, 4, 1),
 }
 # By machine and width, and by how the cache is stored where that needs another. The figures are an H200's, calls in a

@@ -1,0 +1,151 @@
+"""The forward whose weights go by the score of one key: rows that leave its range are computed again."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from onepass.core import env
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from onepass.ops.attention.triton import fwd
+from onepass.ops.attention.triton.problem import Problem
+
+HERE = "cpu"  # in Triton's interpreter
+devices = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(HERE, marks=pytest.mark.skipif(not env.triton_interpreted(), reason="needs the interpreter")),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
+SEQLEN = 300
+LEAST = torch.finfo(torch.float32).min
+
+
+@pytest.fixture(autouse=True)
+def lazy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32 and on few keys, too."""
+    monkeypatch.setattr(Problem, "lazy", property(lambda problem: problem.key_mask is None))
+
+
+def _exact(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, visible: Tensor) -> tuple[Tensor, ...]:
+    """out, lse and the largest |score| that counts, of each row."""
+    scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) * scale
+    if bias is not None:
+        scores = scores + bias.double()
+    scores = scores.masked_fill(~visible, -torch.inf)
+    largest = scores.amax(-1, keepdim=True).clamp(min=-1e300)
+    weights = (scores - largest).exp()
+    total = weights.sum(-1, keepdim=True)
+    lse = (largest + total.log()).squeeze(-1)
+    weights = (weights / total).nan_to_num(0.0)
+    return torch.einsum("bhij,bjhd->bihd", weights, v.double()), lse, largest.squeeze(-1).abs()
+
+
+def _visible(left: int, right: int, device: str) -> Tensor:
+    ahead = torch.arange(SEQLEN, device=device) - torch.arange(SEQLEN, device=device)[:, None]
+    return (ahead <= (right if right >= 0 else SEQLEN)) & (ahead >= -(left if left >= 0 else SEQLEN))
+
+
+def _assert_exact(
+    device: str, generator: torch.Generator, change: Callable[[Tensor], Any] | None = None, scale: float = 32**-0.5,
+    left: int = -1, right: int = -1, values: float = 1.0,
+) -> None:  # fmt: skip
+    """`change` fills a bias, of noise before."""
+    q, k, v = (torch.randn(1, SEQLEN, 2, 32, generator=generator).to(device) for _ in range(3))
+    v *= values
+    bias = None
+    if change is not None:
+        bias = torch.randn(1, 2, SEQLEN, SEQLEN, generator=generator).to(device)
+        change(bias)
+    out, lse = fwd.forward(q, k, v, bias, None, None, None, None, scale, left, right, True, 0.0, 0.0, False)
+    expected, expected_lse, largest = _exact(q, k, v, bias, scale, _visible(left, right, device))
+    # A score is a sum of 32 products, rounded; a row's weights are wrong by that, relative to 1.
+    spread = torch.einsum("bihd,bjhd->bhij", q.abs(), k.abs()).amax(-1) * abs(scale)
+    relative = (1e-6 * (1.0 + spread + largest.clamp(max=1e4))).double()
+    assert torch.equal(lse.isneginf(), expected_lse.isneginf())
+    seen = ~lse.isneginf()
+    assert ((lse - expected_lse).abs() <= relative + 1e-6 * expected_lse.abs())[seen].all()
+    assert ((out - expected).abs() <= values * 4.0 * relative.transpose(1, 2)[..., None]).all()
+
+
+@devices
+@pytest.mark.parametrize("scale", [32**-0.5, 3.0, -0.2, 0.0])
+@pytest.mark.parametrize(("left", "right"), [(-1, -1), (-1, 0), (150, 0), (100, 40)])
+def test_scores_of_any_size(device: str, left: int, right: int, scale: float, generator: torch.Generator) -> None:
+    _assert_exact(device, generator, scale=scale, left=left, right=right)
+
+
+def _rising(slope: float) -> Callable[[Tensor], Any]:
+    return lambda bias: bias.add_(slope * torch.arange(SEQLEN, device=bias.device))
+
+
+BIASES: dict[str, Callable[[Tensor], Any]] = {
+    "none": lambda bias: None,
+    "far below": lambda bias: bias.sub_(3000.0),
+    "far above": lambda bias: bias.add_(3000.0),
+    "rising": _rising(0.5),
+    "rising fast": _rising(20.0),
+    "falling fast": _rising(-20.0),
+    "one key far above": lambda bias: bias[..., 211].add_(500.0),
+    "one row's key far above": lambda bias: bias[..., 70, 211].add_(5000.0),
+    "first keys hidden": lambda bias: bias[..., :130].fill_(-torch.inf),
+    "first keys hidden by the least number": lambda bias: bias[..., :130].fill_(LEAST),
+    "last keys hidden": lambda bias: bias[..., 170:].fill_(-torch.inf),
+    "rows that see nothing": lambda bias: bias[..., 60:70, :].fill_(-torch.inf),
+    "rows of the least number": lambda bias: bias[..., 60:70, :].fill_(LEAST),
+    "rows of one large number": lambda bias: bias[..., 60:70, :].fill_(-1e30),
+    "causal": lambda bias: bias.masked_fill_(~_visible(-1, 0, str(bias.device)), -torch.inf),
+}
+
+
+@devices
+@pytest.mark.parametrize("right", [-1, 0])
+@pytest.mark.parametrize("name", BIASES)
+def test_biases_of_any_size(device: str, name: str, right: int, generator: torch.Generator) -> None:
+    _assert_exact(device, generator, BIASES[name], right=right)
+
+
+@devices
+@pytest.mark.parametrize("name", ["none", "one key far above"])
+def test_values_that_nearly_overflow(device: str, name: str, generator: torch.Generator) -> None:
+    """Sums of them with weights above 1 would."""
+    _assert_exact(device, generator, BIASES[name], values=1e37)
+
+
+@devices
+def test_what_is_not_a_number_stays_in_its_rows(device: str, generator: torch.Generator) -> None:
+    q, k, v = (torch.randn(1, SEQLEN, 2, 32, generator=generator).to(device) for _ in range(3))
+    options = (None, None, None, None, None, 32**-0.5, -1, 0, True, 0.0, 0.0, False)
+    expected, _ = fwd.forward(q, k, v, *options)
+    q[:, 90, 1] = torch.nan
+    out, lse = fwd.forward(q, k, v, *options)
+    assert out[:, 90, 1].isnan().all()
+    assert lse[:, 1, 90].isnan().all()
+    out[:, 90, 1] = expected[:, 90, 1]
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)  # rows beside it: again, and by their maxima
+
+
+@devices
+def test_each_way_is_taken(device: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row in doubt is rounded as careful steps round it, others are not."""
+    q, k, v = (torch.randn(1, 2 * SEQLEN, 1, 32, generator=generator).to(device) for _ in range(3))
+    options = (None, None, None, None, None, 32**-0.5, -1, -1, True, 0.0, 0.0, False)
+
+    def rows_alike(careful: Tensor) -> Tensor:
+        return (fwd.forward(q, k, v, *options)[0] == careful).all(-1).flatten()
+
+    def careful() -> Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(Problem, "lazy", property(lambda problem: False))
+            return fwd.forward(q, k, v, *options)[0]
+
+    assert not rows_alike(careful()).all()
+    q[:, 5] *= 1000.0
+    alike = rows_alike(careful())
+    assert alike[:16].all()
+    assert not alike[256:].all()
