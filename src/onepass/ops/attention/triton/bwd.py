@@ -4,8 +4,9 @@
     p  = exp(scores - lse),  dv = p^T do
     ds = p * (do v^T - delta),  dq = ds k * softmax_scale,  dk = ds^T q * softmax_scale
 
-One kernel makes delta, one holds keys and walks queries for dk and dv, one holds queries and walks keys for dq, and one
-(bwd_bias.py) holds a tile of the bias and walks what was broadcast along it for dbias. Each computes the scores again.
+One kernel makes delta, one holds keys and walks queries for dk and dv, one holds queries and walks keys for dq, and for
+a bias that is not broadcast writes dbias = ds. Else one (bwd_bias.py) holds a tile of the bias and walks what was
+broadcast along it. Each computes the scores again.
 """
 
 from __future__ import annotations
@@ -274,14 +275,14 @@ def _keys_bwd_kernel(
 
 @triton.jit
 def _walk_keys(
-    dq, q, do, lse2, delta, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs, key_mask_ptrs,
-    rng_ptr, start, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
+    dq, q, do, lse2, delta, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs, dbias_ptrs,
+    there_row, key_mask_ptrs, rng_ptr,
+    start, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
     slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
     EDGE: tl.constexpr, CUT: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DBIAS: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Keys from start to end; CUT blocks have keys past the last, zeros."""
     lane = tl.arange(0, BLOCK_N)
@@ -317,6 +318,9 @@ def _walk_keys(
             keep = kept(rng_ptr, threshold, sheet, row, first, BLOCK_M, BLOCK_N, False)
             dp = tl.where(keep, dp * kept_scale, 0.0)
         ds = p * (dp - delta[:, None])
+        if DBIAS:  # what no weight is given to may hold anything
+            dbias = tl.where(p == 0.0, 0.0, ds).to(dbias_ptrs.dtype.element_ty)
+            tl.store(dbias_ptrs + first, dbias, mask=there_row[:, None] & there[None, :] if CUT else there_row[:, None])
         if SOFTCAP:
             ds *= cap_slope
         if KEY_MASK:
@@ -328,10 +332,10 @@ def _walk_keys(
 @triton.jit
 def _queries_bwd_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, k_desc, k_per_batch, k_per_head, k_col_head,
-    v_desc, v_per_batch, v_per_head, v_col_head, dq_ptr,
+    v_desc, v_per_batch, v_per_head, v_col_head, dq_ptr, dbias_ptr,
     stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
     stride_vb, stride_vs, stride_vh, stride_vd, stride_db, stride_ds, stride_dh, stride_dd,
-    seqlen_q, seqlen_k, nheads_q, softmax_scale,
+    seqlen_q, seqlen_k, nheads_q, softmax_scale, stride_gb, stride_gh, stride_gq,
     bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
     stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
     shift, window_left, window_right, scale, softcap, threshold, kept_scale,
@@ -339,10 +343,10 @@ def _queries_bwd_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    VARLEN: tl.constexpr, USED: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+    VARLEN: tl.constexpr, USED: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, DBIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq of BLOCK_M queries of one head."""
+    """dq of BLOCK_M queries of one head, and dbias where no other program adds to it."""
     blocks = tl.cdiv(seqlen_q, BLOCK_M)
     block = tl.program_id(0) % blocks
     if RIGHT:
@@ -397,6 +401,10 @@ def _queries_bwd_kernel(
     if BIAS:
         bias_ptrs = bias_ptr + batch * stride_bb + head * stride_bh
         bias_ptrs = bias_ptrs + row_read[:, None] * stride_bq + lane[None, :] * stride_bk
+    dbias_ptrs = dbias_ptr
+    if DBIAS:
+        dbias_ptrs = dbias_ptr + batch * stride_gb + head * stride_gh
+        dbias_ptrs = dbias_ptrs + row_read[:, None] * stride_gq + lane[None, :]
     key_mask_ptrs = key_mask_ptr
     if KEY_MASK:
         key_mask_ptrs = key_mask_ptr + batch * stride_mb + lane * stride_mk
@@ -415,11 +423,11 @@ def _queries_bwd_kernel(
             first, last = part_of(part, start, inner_start, inner_end, whole_end, end)
             dq = _walk_keys(
                 dq, q, do, lse2, delta, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
-                key_mask_ptrs, rng_ptr,
+                dbias_ptrs, there, key_mask_ptrs, rng_ptr,
                 first, last, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
                 slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
                 part != 1, part == 3, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS,
-                KEY_MASK, DROPOUT, PRECISION, TMA, BLOCK_M, BLOCK_N, STAGES,
+                KEY_MASK, DROPOUT, PRECISION, DBIAS, TMA, BLOCK_M, BLOCK_N, STAGES,
             )  # fmt: skip
     if VARLEN:
         token = first_q
@@ -473,9 +481,14 @@ def run(
     held = (do, lse2, delta)
     if dk.numel() or dv.numel():
         _launch_keys(problem, held, dk, dv, backward_keys_config(problem))
-    if dq.numel():
-        _launch_queries(problem, held, dq, backward_queries_config(problem))
-    if need_dbias and dbias.numel() and q.numel() and k.numel():
+    need_dbias = need_dbias and dbias.numel() > 0 and q.numel() > 0 and k.numel() > 0
+    own = need_dbias and problem.has_bias_of_every_score()
+    if dq.numel() or own:
+        _launch_queries(
+            problem, held, dq if need_dq else torch.empty_like(q), dbias if own else None,
+            backward_queries_config(problem),
+        )  # fmt: skip
+    if need_dbias and not own:
         bwd_bias.run(problem, held, dbias, backward_bias_config(problem))
     if sink_part is not None and q.numel():
         dsink = sink_part.sum((0, 2)).to(dsink.dtype)
@@ -548,7 +561,7 @@ def _launch_keys(problem: Problem, held: Held, dk: Tensor, dv: Tensor, config: B
     )  # fmt: skip
 
 
-def _launch_queries(problem: Problem, held: Held, dq: Tensor, config: BackwardConfig) -> None:
+def _launch_queries(problem: Problem, held: Held, dq: Tensor, dbias: Tensor | None, config: BackwardConfig) -> None:
     seqlen_q, seqlen_k, nheads_q = problem.seqlen_q, problem.seqlen_k, problem.q.shape[2]
     if not (programs := problem.batch * nheads_q * triton.cdiv(seqlen_q, config.block_m)):
         return
@@ -557,13 +570,15 @@ def _launch_queries(problem: Problem, held: Held, dq: Tensor, config: BackwardCo
         (programs, 1, 1),
         problem.q.device,
         (
-            *tensors_of(problem, held, *descriptors, dq),
-            seqlen_q, seqlen_k, nheads_q, problem.softmax_scale, *problem.options(),
+            *tensors_of(problem, held, *descriptors, dq, dbias),
+            seqlen_q, seqlen_k, nheads_q, problem.softmax_scale,
+            *((0, 0, 0) if dbias is None else dbias.stride()[:3]), *problem.options(),
         ),
         problem.backward_constants()
         | {
             "TMA": tma,
             "EVEN": problem.even_keys(config.block_n),
+            "DBIAS": dbias is not None,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "STAGES": config.num_stages,

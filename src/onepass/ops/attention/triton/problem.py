@@ -106,6 +106,12 @@ class Problem:
     def even_keys(self, block: int) -> bool:
         return self.packed is None and self.k.shape[1] % block == 0
 
+    def has_bias_of_every_score(self) -> bool:
+        """Whether the bias is broadcast along nothing."""
+        sizes = self.batch, self.q.shape[2], self.seqlen_q, self.seqlen_k
+        bias = self.attn_bias
+        return bias is not None and all(has >= size for has, size in zip(bias.shape, sizes, strict=True))
+
     def strides(self, x: Tensor) -> tuple[int, ...]:
         """Of q, k, v, or what has their shape: sequences that are packed lie where cu_seqlens says, pages anywhere."""
         return x.stride() if self.packed is None else (0, *x.stride()[1:])
