@@ -215,7 +215,7 @@ def _tile(
         largest = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scale
         if BIAS:
             column = bias_ptr + batch * stride_bb + head.to(tl.int64) * stride_bh + guide * stride_bk
-            largest += tl.load(column + row_read * stride_bq, mask=some & there, other=0.0).to(tl.float32)
+            largest += tl.load(column + row_read * stride_bq, mask=some, other=0.0).to(tl.float32)
         lazy_end = tl.where(is_a_guide(largest), inner_end, inner_start)
         largest = tl.where(some, largest, -float("inf"))
     for part in tl.static_range(0 if LEFT else 1, 3 if EVEN else 4):
@@ -233,7 +233,7 @@ def _tile(
         again = lost_a_row(acc, total)
         if not LEFT and not RIGHT:  # else the part after the inner blocks had them too
             again |= lazy_end < inner_end
-        if again:
+        if again:  # by maxima
             acc, largest, total = nothing_seen(BLOCK_M, BLOCK_DV)
             acc, largest, total = _attend(
                 q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,

@@ -12,9 +12,9 @@ from onepass.core.triton_functions import tanh
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 MOST_LSE: tl.constexpr = tl.constexpr(2.0**24)
-# Of lazy_softmax_step, in units of log2 and of weights.
-LOW: tl.constexpr = tl.constexpr(-64.0)
-LARGE: tl.constexpr = tl.constexpr(2.0**40)
+# Of the score that lazy steps go by, in log2, and of the sum of their weights.
+LEAST_GUIDE: tl.constexpr = tl.constexpr(-64.0)
+MOST_WEIGHT: tl.constexpr = tl.constexpr(2.0**80)
 # Of ALIBI: no query sees a key ahead of it, so that |i + shift - j| is a number of the row less one of the column.
 ALIBI_BEHIND: tl.constexpr = tl.constexpr(2)
 
@@ -258,15 +258,15 @@ def softmax_step(s, unit, largest, total, AXIS: tl.constexpr, EXACT: tl.constexp
 
 @triton.jit
 def is_a_guide(largest):
-    """Whether the largest scores of some keys are what lazy steps of others may go by: none is tiny, or of no key."""
-    return tl.max(tl.where(largest > LOW, 0, 1), 0) == 0
+    """Whether lazy steps may go by these scores: others will hardly be so far above that weights overflow."""
+    return tl.max(tl.where(largest > LEAST_GUIDE, 0, 1), 0) == 0
 
 
 @triton.jit
 def lost_a_row(acc, total):
-    """Whether weights of lazy steps were so large that sums are not finite, or may have been rounded to what is."""
+    """Whether weights of lazy steps may have overflowed."""
     lost = tl.where(tl.abs(acc) < float("inf"), 0, 1)
-    return tl.max(tl.max(lost, 1) | tl.where(total < LARGE * LARGE, 0, 1), 0) > 0
+    return tl.max(tl.max(lost, 1) | tl.where(total < MOST_WEIGHT, 0, 1), 0) > 0
 
 
 @triton.jit
