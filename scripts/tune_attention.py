@@ -99,7 +99,8 @@ def call(subject: Subject, dtype: torch.dtype, seqlen: int) -> Callable[[tuple[i
 
     rows = (BATCH * seqlen,) if subject.packed else (BATCH, seqlen)
     q, k, v, do = (normal(*rows, heads, subject.head_dim) for _ in range(4))
-    batch = BATCH if subject.packed else 1
+    # A bias that is not shared has its gradient from dq's kernel.
+    batch = BATCH if subject.packed and subject.kernel != "bias" else 1
     tensors = (
         normal(batch, heads, seqlen, seqlen) if "bias" in features else None,
         normal(heads, of=torch.float32).abs() if "alibi" in features else None,

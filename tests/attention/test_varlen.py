@@ -12,6 +12,7 @@ from onepass.core import env
 from onepass.ops.attention import kernels
 from onepass.ops.attention.inputs_varlen import CASES, VarlenCase, cumulated
 from onepass.testing import conformance, faults, numerics, replays
+from onepass.testing.inputs import normal
 
 _PACKED = [case for case in CASES if case.page_size is None]
 
@@ -194,3 +195,20 @@ def test_fault_is_noticed(fused: str, fault: Any, generator: torch.Generator) ->
     numerics.assert_within_budget(numerics.compare_inputs(case, inputs, fused))
     with faults.replaced(kernels.VARLEN_FORWARD, fused, planted), pytest.raises(AssertionError, match="budgets"):
         numerics.assert_within_budget(numerics.compare_inputs(case, inputs, fused))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5, 9), (1, 2, 7, 9), (2, 1, 7, 9), (2, 2, 7, 9), (1, 1, 7, 1), (2, 1, 1, 9)])
+def test_gradients_of_biases_of_longer_sequences_than_there_are(
+    fused: str, shape: tuple[int, ...], generator: torch.Generator
+) -> None:
+    """max_seqlen_k, and the bias with it, may be more than all keys together."""
+    q, k, v = (normal((total, 2, 16), torch.float32, "cpu", generator) for total in (6, 4, 4))
+    bias = normal(shape, torch.float32, "cpu", generator).requires_grad_()
+    do = normal((6, 2, 16), torch.float32, "cpu", generator)
+    cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 6], [0, 3, 4]))
+    options: dict[str, Any] = {"max_seqlen_q": max(5, shape[2]), "max_seqlen_k": max(3, shape[3]), "attn_bias": bias}
+    ours, expected = (
+        torch.autograd.grad(onepass.attention_varlen(q, k, v, cu_q, cu_k, backend=backend, **options), bias, do)[0]
+        for backend in (fused, "reference")
+    )
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)

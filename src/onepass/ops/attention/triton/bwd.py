@@ -47,11 +47,11 @@ def _delta_kernel(
     do_ptr, out_ptr, lse_ptr, dlse_ptr, sink_ptr, delta_ptr, lse2_ptr, sink_part_ptr,
     stride_db, stride_ds, stride_dh, stride_dd, stride_ob, stride_os, stride_oh, stride_od, seqlen_q, nheads_q,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_DSINK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta; lse in log2 units, +inf where a query sees no key, so that its weights are exp2(-inf) = 0.
 
-    An lse so large that no digit is left for weights, which only a bias makes, is another such: they might be inf.
+    With a BIAS, an lse so large that no digit is left for weights is another such: they might be inf.
     """
     blocks = tl.cdiv(seqlen_q, BLOCK_M)
     sheet = tl.program_id(0) // blocks
@@ -70,10 +70,13 @@ def _delta_kernel(
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + at, mask=there, other=0.0)
     lse = tl.load(lse_ptr + at, mask=there, other=0.0)
-    empty = (lse == -float("inf")) | ((tl.abs(lse) > MOST_LSE) & (lse < float("inf")))
+    empty = lse == -float("inf")
     delta = tl.where(empty, 0.0, delta)  # dlse of -inf may be anything
     tl.store(delta_ptr + at, delta, mask=there)
-    tl.store(lse2_ptr + at, tl.where(empty, float("inf"), lse * LOG2_E), mask=there)
+    lost = empty
+    if BIAS:
+        lost |= (tl.abs(lse) > MOST_LSE) & (lse < float("inf"))
+    tl.store(lse2_ptr + at, tl.where(lost, float("inf"), lse * LOG2_E), mask=there)
     if NEED_DSINK:  # the sink has the weight exp(sink - lse) and adds no value
         sink = tl.load(sink_ptr + head).to(tl.float32)
         weight = tl.where(empty, 0.0, tl.exp(sink - lse))
@@ -520,6 +523,7 @@ def _delta_of(
                 "BLOCK_DV": block_of(head_dim_v),
                 "HAS_DLSE": dlse is not None,
                 "NEED_DSINK": need_dsink,
+                "BIAS": problem.attn_bias is not None,
                 "BLOCK_M": block_m,
             },
             num_warps=4,

@@ -17,7 +17,7 @@ def _bias_bwd_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dbias_ptr,
     stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
     stride_vb, stride_vs, stride_vh, stride_vd, stride_db, stride_ds, stride_dh, stride_dd,
-    batch_size, seqlen_q, seqlen_k, nheads_q,
+    batch_size, seqlen_q, seqlen_k, nheads_q, stride_gb, stride_gh, stride_gq,
     bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
     stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
     shift, window_left, window_right, scale, softcap, threshold, kept_scale,
@@ -136,18 +136,19 @@ def _bias_bwd_kernel(
                     tile += tl.where(p == 0.0, 0.0, p * (dp - delta[:, None]))
     row = first_block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     col = first_block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    sheet = (first_batch * (nheads_q if PER_HEAD else 1) + first_head) * tl.full((), 1, tl.int64)
-    height = seqlen_q if PER_QUERY else 1
-    width = seqlen_k if PER_KEY else 1
-    dbias_ptrs = dbias_ptr + sheet * height * width
+    dbias_ptrs = dbias_ptr + tl.cast(first_batch, tl.int64) * stride_gb + tl.cast(first_head, tl.int64) * stride_gh
     if PER_QUERY and PER_KEY:
-        at = row[:, None].to(tl.int64) * width + col[None, :]
+        at = row[:, None].to(tl.int64) * stride_gq + col[None, :]
         mask = (row < seqlen_q)[:, None] & (col < seqlen_k)[None, :]
         tl.store(dbias_ptrs + at, tile.to(dbias_ptr.dtype.element_ty), mask=mask)
     elif PER_KEY:
         tl.store(dbias_ptrs + col, tl.sum(tile, 0).to(dbias_ptr.dtype.element_ty), mask=col < seqlen_k)
     elif PER_QUERY:
-        tl.store(dbias_ptrs + row, tl.sum(tile, 1).to(dbias_ptr.dtype.element_ty), mask=row < seqlen_q)
+        tl.store(
+            dbias_ptrs + row.to(tl.int64) * stride_gq,
+            tl.sum(tile, 1).to(dbias_ptr.dtype.element_ty),
+            mask=row < seqlen_q,
+        )
     else:
         tl.store(dbias_ptrs, tl.sum(tl.sum(tile, 1), 0).to(dbias_ptr.dtype.element_ty))
 
@@ -166,7 +167,15 @@ def run(problem: Problem, held: Held, dbias: Tensor, config: BackwardConfig) -> 
     _bias_bwd.launch(
         (programs, 1, 1),
         problem.q.device,
-        (*tensors_of(problem, held, dbias), batch, seqlen_q, seqlen_k, nheads_q, *problem.options()),
+        (
+            *tensors_of(problem, held, dbias),
+            batch,
+            seqlen_q,
+            seqlen_k,
+            nheads_q,
+            *dbias.stride()[:3],
+            *problem.options(),
+        ),
         problem.backward_constants()
         | dict(zip(("PER_BATCH", "PER_HEAD", "PER_QUERY", "PER_KEY"), own, strict=True))
         | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n},

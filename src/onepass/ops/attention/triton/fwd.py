@@ -2,7 +2,8 @@
 
 A program takes BLOCK_M queries of one head and walks the keys that they see, BLOCK_N at a time, with a running maximum,
 sum and output (online softmax, Milakov and Gimelshein 2018). Blocks that nobody sees are skipped, blocks that everybody
-sees have no code for masks.
+sees have no code for masks. Those of long bf16 calls (LAZY) have none for maxima either: their weights go by the score
+of one key, and a tile whose weights then leave the range of bf16 is computed again with maxima.
 """
 
 from __future__ import annotations
@@ -216,8 +217,9 @@ def _tile(
         if BIAS:
             column = bias_ptr + batch * stride_bb + head.to(tl.int64) * stride_bh + guide * stride_bk
             largest += tl.load(column + row_read * stride_bq, mask=some, other=0.0).to(tl.float32)
-        lazy_end = tl.where(is_a_guide(largest), inner_end, inner_start)
-        largest = tl.where(some, largest, -float("inf"))
+        guided = some & is_a_guide(largest)
+        lazy_end = tl.where(guided, inner_end, inner_start)
+        largest = tl.where(guided, largest, -float("inf"))
     for part in tl.static_range(0 if LEFT else 1, 3 if EVEN else 4):
         if part != 2 or LEFT or RIGHT:
             first, last = part_of(part, start, inner_start, lazy_end, whole_end, end)
@@ -230,7 +232,7 @@ def _tile(
                 KEY_MASK, DROPOUT, PRECISION, PAGED, TMA, LAZY and part == 1, BLOCK_M, BLOCK_N, STAGES,
             )  # fmt: skip
     if LAZY:
-        again = lost_a_row(acc, total)
+        again = guided & lost_a_row(acc, total)
         if not LEFT and not RIGHT:  # else the part after the inner blocks had them too
             again |= lazy_end < inner_end
         if again:  # by maxima
@@ -387,7 +389,7 @@ def run(problem: Problem, config: ForwardConfig) -> tuple[Tensor, Tensor]:
             "TMA": tma,
             "SINK": sink is not None,
             "SIGNED": sign != 1.0,
-            "LAZY": config.lazy and problem.lazy,
+            "LAZY": problem.lazy,
             "SCHEDULE": config.schedule.value,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,

@@ -1,7 +1,8 @@
 """What the kernels of attention share: loads of tiles, the keys that rows see, scores, dropout.
 
 Maxima and lse are in units of log2, as exp2 is what the hardware has: exp(s - lse) is exp2(s * log2(e) - lse), one
-multiply-add before it. Where nothing is added to the scaled products, log2(e) is part of the scale.
+multiply-add before it. Where nothing is added to the scaled products, log2(e) is part of the scale. Only the
+forward with a bias has maxima in natural units.
 """
 
 import triton
@@ -12,8 +13,11 @@ from onepass.core.triton_functions import tanh
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 MOST_LSE: tl.constexpr = tl.constexpr(2.0**24)
-# Of the score that lazy steps go by, in log2, and of the sum of their weights.
+# Of the score that lazy steps go by: further down others may be too far above; further up its product with log2(e) is
+# rounded by too much. And of the sum of their weights, of which that score's is 1.
 LEAST_GUIDE: tl.constexpr = tl.constexpr(-64.0)
+MOST_GUIDE: tl.constexpr = tl.constexpr(2.0**16)
+LEAST_WEIGHT: tl.constexpr = tl.constexpr(0.5)
 MOST_WEIGHT: tl.constexpr = tl.constexpr(2.0**80)
 # Of ALIBI: no query sees a key ahead of it, so that |i + shift - j| is a number of the row less one of the column.
 ALIBI_BEHIND: tl.constexpr = tl.constexpr(2)
@@ -259,14 +263,14 @@ def softmax_step(s, unit, largest, total, AXIS: tl.constexpr, EXACT: tl.constexp
 @triton.jit
 def is_a_guide(largest):
     """Whether lazy steps may go by these scores: others will hardly be so far above that weights overflow."""
-    return tl.max(tl.where(largest > LEAST_GUIDE, 0, 1), 0) == 0
+    return tl.max(tl.where((largest > LEAST_GUIDE) & (largest < MOST_GUIDE), 0, 1), 0) == 0
 
 
 @triton.jit
 def lost_a_row(acc, total):
     """Whether weights of lazy steps may have overflowed."""
     lost = tl.where(tl.abs(acc) < float("inf"), 0, 1)
-    return tl.max(tl.max(lost, 1) | tl.where(total < MOST_WEIGHT, 0, 1), 0) > 0
+    return tl.max(tl.max(lost, 1) | tl.where((total > LEAST_WEIGHT) & (total < MOST_WEIGHT), 0, 1), 0) > 0
 
 
 @triton.jit
@@ -301,7 +305,7 @@ def kept(rng_ptr, threshold, sheet, row, first_col, ROWS: tl.constexpr, COLS: tl
         zero + quad.to(tl.uint32)[None, :],
     )
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (ROWS, COLS / 4, 2, 2): word 2 x + y is at [x, y]
-    keep = tl.reshape(words, (ROWS, COLS)) > (threshold - 1).to(tl.uint32)  # p = 1 keeps none
+    keep = tl.reshape(words, (ROWS, COLS)) > tl.cast(threshold - 1, tl.uint32)  # p = 1 keeps none
     if TRANSPOSED:
         keep = tl.trans(keep)
     return keep
