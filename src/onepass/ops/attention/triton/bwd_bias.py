@@ -168,16 +168,11 @@ def run(problem: Problem, held: Held, dbias: Tensor, config: BackwardConfig) -> 
         (programs, 1, 1),
         problem.q.device,
         (
-            *tensors_of(problem, held, dbias),
-            batch,
-            seqlen_q,
-            seqlen_k,
-            nheads_q,
-            *dbias.stride()[:3],
+            *tensors_of(problem, held, dbias), batch, seqlen_q, seqlen_k, nheads_q, *dbias.stride()[:3],
             *problem.options(),
         ),
         problem.backward_constants()
         | dict(zip(("PER_BATCH", "PER_HEAD", "PER_QUERY", "PER_KEY"), own, strict=True))
         | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
         num_warps=config.num_warps,
-    )
+    )  # fmt: skip

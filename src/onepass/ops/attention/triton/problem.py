@@ -187,7 +187,7 @@ class Problem:
         }
 
     def backward_constants(self) -> dict[str, Any]:
-        """ALiBi's parts round once each, which fp32's weights would show."""
+        """Those of forward, and ALIBI_BEHIND where no query sees ahead, but in fp32, which its roundings would show."""
         behind = self.alibi_slopes is not None and self.window_right == 0 and self.q.dtype is not torch.float32
         return self.constants() | ({"ALIBI": ALIBI_BEHIND.value} if behind else {})
 

@@ -12,7 +12,7 @@ from onepass.core.triton_functions import tanh
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
-MOST_LSE: tl.constexpr = tl.constexpr(2.0**24)
+MOST_LSE: tl.constexpr = tl.constexpr(2.0**24)  # beyond it fp32 has no digits for the weights of a row
 # Of the score that lazy steps go by: further down others may be too far above; further up its product with log2(e) is
 # rounded by too much. And of the sum of their weights, of which that score's is 1.
 LEAST_GUIDE: tl.constexpr = tl.constexpr(-64.0)
