@@ -1,5 +1,6 @@
 """The error budget itself: what passes, what does not, and what the message tells. Peak memory."""
 
+import ctypes
 import math
 
 import pytest
@@ -79,6 +80,20 @@ def test_peak_memory_is_measured_again_when_pages_are_taken() -> None:
         del x
 
     assert 36 << 20 < memory.peak_bytes(hold) < 60 << 20
+
+
+def test_peak_memory_counts_pages_that_the_c_library_kept() -> None:
+    c = ctypes.CDLL(None)
+    c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    torch.ones(31 << 20, dtype=torch.uint8)  # from here on glibc takes less than that from its heap
+    parts = [c.malloc(20 << 20) for _ in range(5)]
+    for part in parts:
+        ctypes.memset(part, 1, 20 << 20)
+    last = c.malloc(1 << 20)  # so that the heap's end stays where it is
+    for part in parts:
+        c.free(part)
+    assert 36 << 20 < memory.peak_bytes(lambda: torch.ones(40 << 20, dtype=torch.uint8)) < 60 << 20
+    c.free(last)
 
 
 def test_peak_memory_sees_what_is_freed_again() -> None:

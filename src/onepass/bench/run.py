@@ -4,7 +4,6 @@ its own.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import gc
 import json
@@ -125,7 +124,6 @@ def extra_memory(call: Callable[[], object]) -> int:
     output = call()
     output_bytes = output.untyped_storage().nbytes() if isinstance(output, torch.Tensor) else 0
     del output
-    ctypes.CDLL(None).malloc_trim(0)  # else pages that the C library keeps for the next call would not be counted
     return max(0, peak_bytes(call) - output_bytes)
 
 

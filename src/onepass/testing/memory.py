@@ -1,5 +1,6 @@
 """How much memory a call needs beyond what it was given."""
 
+import ctypes
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +19,9 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
     """The most memory held at once during `call()`, its outputs included, beyond what was held before.
 
     On the CPU this is the resident set as Linux counts it, so workspaces of C++ kernels show; it is exact to about 1
-    MB. Pages that Linux takes back meanwhile would hide as many new ones: then it is measured again. Memory that is
-    reused from the allocator's free lists does not show: call it on problems that need fresh pages, and once on a small
-    problem first, so that threads and libraries are there. Raises RuntimeError where Linux's counters are missing.
+    MB. Pages that Linux takes back meanwhile would hide as many new ones: then it is measured again. Pages that the C
+    library keeps free would hide as many, too: glibc gives them back first. Call it once on a small problem before, so
+    that threads and libraries are there. Raises RuntimeError where Linux's counters are missing.
     """
     gc.collect()
     if torch.device(device).type == "cuda":
@@ -33,6 +34,7 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
         return torch.cuda.max_memory_allocated(device) - before
     largest = 0
     for _ in range(_ATTEMPTS):
+        _give_free_pages_back()
         try:
             _CLEAR.write_text(_RESET_PEAK)
         except OSError as error:
@@ -45,6 +47,12 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
         if after > before - _NOISE:
             break
     return largest
+
+
+def _give_free_pages_back() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim is not None:
+        trim(0)
 
 
 def _status_bytes(field: str) -> int:

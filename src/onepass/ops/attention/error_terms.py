@@ -27,34 +27,49 @@ def rounding_terms(inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> 
     group = q.shape[2] // k.shape[2]
     q, do = (x.transpose(1, 2) for x in (q, do))
     k, v = (x.transpose(1, 2).repeat_interleave(group, 1) for x in (k, v))
-    dlse = exact.get("dlse", torch.zeros_like(lse)).abs()
-    given = options.get("softmax_scale")
-    terms = sizes_of_terms(p, lse, q, k, v, do, dlse, q.shape[3] ** -0.5 if given is None else given)
-    ds = terms.pop("ds")
-    # delta is computed from out as it is stored.
-    eps = torch.finfo(inputs["q"].dtype).eps / torch.finfo(torch.float32).eps
-    delta = (do.abs() * (p @ v.abs())).sum(-1)
-    delta_rounding = delta * (eps / 2)
-    dbias, dsink = ds, torch.zeros(1)
-    if "attn_bias" in inputs:
-        if inputs["attn_bias"].dtype != inputs["q"].dtype:  # finer than delta
-            dbias = ds + p * delta_rounding.unsqueeze(-1)
-        dbias = dbias.sum([dim for dim in range(4) if inputs["attn_bias"].shape[dim] == 1], keepdim=True)
-    if "attn_sink" in exact:
-        weight = torch.exp(exact["attn_sink"].view(-1, 1) - lse) * (1.0 + lse.abs())
-        dsink = (weight * (delta + dlse + delta_rounding)).nan_to_num().sum((0, 2))
-    largest = {name: float(x.max()) for name, x in (*terms.items(), ("dattn_bias", dbias), ("dattn_sink", dsink))}
-    return {"lse": LSE_TERMS, **largest}
+    dlse = exact.get("dlse", torch.zeros_like(lse))
+    sizes = sizes_of_terms(p, lse, q, k, v, do, dlse, options.get("softmax_scale"))
+    terms = {name: size for name, size in sizes.items() if name in ("out", "dq", "dk", "dv")}
+    terms |= option_terms(sizes, lse, inputs)
+    return {"lse": LSE_TERMS, **{name: float(size.max()) for name, size in terms.items()}}
 
 
 def sizes_of_terms(
-    p: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, do: Tensor, dlse: Tensor, scale: float
+    p: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, do: Tensor, dlse: Tensor, softmax_scale: float | None
 ) -> dict[str, Tensor]:
-    """The sizes of what out, dq, dk and dv sum, and of ds: heads before rows, k and v repeated for the heads of q."""
+    """The sizes of what out, dq, dk and dv sum, of ds, and of delta = do * out summed over features, for each row and
+    for each weight: heads before rows, k and v repeated for the heads of q.
+    """
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else abs(softmax_scale)
     q, k, v, do = (x.abs() for x in (q, k, v, do))
     # p is exp(score - maximum), and in the backward exp(score - lse): what rounding takes from a score, p loses
     # relative to itself.
     rounded = p * (1.0 + lse.abs().nan_to_num(posinf=0.0).unsqueeze(-1))
-    ds = rounded * (do @ v.mT + ((do * (p @ v)).sum(-1) + dlse.abs()).unsqueeze(-1))
-    scaled = abs(scale) * ds
-    return {"out": rounded @ v, "dq": scaled @ k, "dk": scaled.mT @ q, "dv": rounded.mT @ do, "ds": ds}
+    delta = (do * (p @ v)).sum(-1)
+    row = delta + dlse.abs()
+    ds = rounded * (do @ v.mT + row.unsqueeze(-1))
+    results = {"out": rounded @ v, "dq": scale * ds @ k, "dk": scale * ds.mT @ q, "dv": rounded.mT @ do}
+    return {**results, "ds": ds, "row": row, "delta": delta, "delta of weights": p * delta.unsqueeze(-1)}
+
+
+def option_terms(sizes: Mapping[str, Tensor], lse: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sizes of what the gradients of the bias and the sink sum, by `sizes_of_terms`: ds as (batch, nheads, rows,
+    keys), what belongs to rows, lse among it, as (..., nheads, rows).
+    """
+    found = {}
+    # delta is computed from out as it is stored.
+    stored = torch.finfo(inputs["q"].dtype).eps / torch.finfo(torch.float32).eps / 2
+    if "attn_bias" in inputs:
+        bias = inputs["attn_bias"]
+        finer = bias.dtype != inputs["q"].dtype
+        dbias = sizes["ds"] + stored * sizes["delta of weights"] if finer else sizes["ds"]
+        found["dattn_bias"] = _sum(dbias, [dim for dim in range(4) if bias.shape[dim] == 1])
+    if "attn_sink" in inputs:
+        weight = torch.exp(inputs["attn_sink"].double().view(-1, 1) - lse) * (1.0 + lse.abs())
+        rows = (weight * (sizes["row"] + stored * sizes["delta"])).nan_to_num()
+        found["dattn_sink"] = _sum(rows, [dim for dim in range(rows.ndim) if dim != rows.ndim - 2])
+    return found
+
+
+def _sum(x: Tensor, dims: list[int]) -> Tensor:
+    return x.sum(dims, keepdim=True) if dims else x  # torch.sum takes an empty list for all of them

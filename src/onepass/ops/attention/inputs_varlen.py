@@ -11,7 +11,7 @@ from onepass.core.registry import explain
 from onepass.ops.attention import kernels, spec
 from onepass.ops.attention.api import attention
 from onepass.ops.attention.api_varlen import attention_varlen
-from onepass.ops.attention.error_terms import LSE_TERMS, sizes_of_terms
+from onepass.ops.attention.error_terms import LSE_TERMS, option_terms, sizes_of_terms
 from onepass.testing.inputs import normal
 
 LAYOUTS = ("shd", "hsd", "fused", "sliced")
@@ -173,7 +173,7 @@ class VarlenCase:
 
     def terms(self, inputs: Mapping[str, Tensor]) -> dict[str, float]:
         """As AttentionCase has them, the most of any sequence."""
-        if 0 in (sum(self.seqlens_q), sum(self.keys)) or self.page_size is not None:
+        if 0 in (sum(self.seqlens_q), sum(self.keys)) or self.page_size is not None:  # no sums, or no gradients
             return {"lse": LSE_TERMS}
         exact = ("q", "k", "v", "do", "dlse", "attn_bias", "attn_sink")
         used = {name: x.double() if name in exact else x for name, x in inputs.items()}
@@ -183,24 +183,29 @@ class VarlenCase:
         all_p, all_lse = attention_varlen(
             *self.tensors({**used, "v": one_hot}), **self.options(used), return_lse=True, backend="reference"
         )
-        scale = self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
         group, first_q, first_k = self.nheads_q // self.nheads_kv, 0, 0
-        found = dict.fromkeys(("out", "dq", "dk", "dv", "dattn_bias"), 0.0)
-        for length_q, length_k, keys in zip(self.seqlens_q, self.seqlens_k, self.keys, strict=True):
+        largest = dict.fromkeys(("out", "dq", "dk", "dv"), 0.0)
+        of_scores = all_p.new_zeros(len(self.keys), self.nheads_q, *self.longest)
+        whole = {"ds": of_scores, "delta of weights": of_scores.clone()}
+        whole |= {"row": torch.zeros_like(all_lse), "delta": torch.zeros_like(all_lse)}
+        for index, (length_q, length_k, keys) in enumerate(zip(self.seqlens_q, self.seqlens_k, self.keys, strict=True)):
             queries = slice(first_q, first_q + length_q)
-            if length_q and keys:
-                q, do = (used[name][queries].transpose(0, 1) for name in ("q", "do"))
-                k, v = (
-                    used[name][first_k : first_k + keys].transpose(0, 1).repeat_interleave(group, 0)
-                    for name in ("k", "v")
-                )
-                p = all_p[queries].transpose(0, 1)[..., :keys]
-                terms = sizes_of_terms(p, all_lse[:, queries], q, k, v, do, used["dlse"][:, queries], scale)
-                terms["dattn_bias"] = terms.pop("ds")
-                for name, size in terms.items():
-                    found[name] = max(found[name], float(size.max()))
+            q, do = (used[name][queries].transpose(0, 1) for name in ("q", "do"))
+            k, v = (
+                used[name][first_k : first_k + keys].transpose(0, 1).repeat_interleave(group, 0) for name in ("k", "v")
+            )
+            p = all_p[queries].transpose(0, 1)[..., :keys]
+            sizes = sizes_of_terms(p, all_lse[:, queries], q, k, v, do, used["dlse"][:, queries], self.softmax_scale)
+            for name, size in sizes.items():
+                if name in ("row", "delta"):
+                    whole[name][:, queries] = size
+                elif name in whole:
+                    whole[name][index, :, :length_q, :keys] = size
+                elif size.numel():
+                    largest[name] = max(largest[name], float(size.max()))
             first_q, first_k = first_q + length_q, first_k + length_k
-        return {"lse": LSE_TERMS, **found}
+        of_options = option_terms(whole, all_lse, inputs)
+        return {"lse": LSE_TERMS, **largest, **{name: float(size.max()) for name, size in of_options.items()}}
 
     def backends(self, inputs: Mapping[str, Tensor]) -> list[str]:
         """The backends that can do this case, forward and backward."""
