@@ -61,9 +61,11 @@ def option_terms(sizes: Mapping[str, Tensor], lse: Tensor, inputs: Mapping[str, 
     stored = torch.finfo(inputs["q"].dtype).eps / torch.finfo(torch.float32).eps / 2
     if "attn_bias" in inputs:
         bias = inputs["attn_bias"]
-        finer = bias.dtype != inputs["q"].dtype
-        dbias = sizes["ds"] + stored * sizes["delta of weights"] if finer else sizes["ds"]
-        found["dattn_bias"] = _sum(dbias, [dim for dim in range(4) if bias.shape[dim] == 1])
+        summed = [dim for dim in range(4) if bias.shape[dim] == 1]
+        # Where nothing is summed, the rounding of a result in q's dtype is as large.
+        counts = bool(summed) or bias.dtype != inputs["q"].dtype
+        dbias = sizes["ds"] + stored * sizes["delta of weights"] if counts else sizes["ds"]
+        found["dattn_bias"] = _sum(dbias, summed)
     if "attn_sink" in inputs:
         weight = torch.exp(inputs["attn_sink"].double().view(-1, 1) - lse) * (1.0 + lse.abs())
         rows = (weight * (sizes["row"] + stored * sizes["delta"])).nan_to_num()
