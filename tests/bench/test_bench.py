@@ -51,6 +51,7 @@ def test_attention_has_every_group():
         "cuda-decode",
         "cuda-caches",
         "cuda-host",
+        "cuda-first-call",
     ]
     for name in groups[:4]:
         assert len(registry.find("attention").group(name).cases) == 20

@@ -210,7 +210,7 @@ def test_groups_have_what_is_needed(name):
             known = all(bar in report.BARS or bar.startswith(report.RATIO_TO) for bar in case.bars)
             assert known, case.bars
             assert not case.bars.get("gbps") or case.min_bytes
-            assert group.host or bool(case.min_bytes) != bool(case.flops)
+            assert group.clock == "host" or bool(case.min_bytes) != bool(case.flops)
         assert group.device == "cuda" or any(case.quick for case in group.cases)
 
 

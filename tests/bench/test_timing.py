@@ -123,3 +123,15 @@ def test_device_clock_agrees_with_the_bytes_moved():
     call = lambda: y.copy_(x)  # noqa: E731
     gbps = 1e-9 * 2 * x.nbytes / clock.sample(call, None, clock.calls(call, None))
     assert 100 < gbps < 20000
+
+
+def test_calls_that_time_themselves():
+    seconds = iter([2.0, 3.0])
+    assert timing.OwnClock().calls(lambda: 1 / 0, None) == 1
+    samples = timing.interleaved({"ours": lambda: next(seconds)}, 2, timing.OwnClock())
+    assert samples["ours"].seconds == [2.0, 3.0]
+    resets = []
+    timing.OwnClock().sample(lambda: 1.0, lambda: resets.append(1), 1)
+    assert resets == [1]
+    with pytest.raises(TypeError, match="returns its seconds, not None"):
+        timing.OwnClock().sample(lambda: None, None, 1)

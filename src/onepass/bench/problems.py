@@ -294,7 +294,7 @@ def gpu_group(name: str, title: str, cases: Sequence[Case]) -> Group:
 def host_group(problems: Sequence[Problem]) -> Group:
     """What a small call costs the host."""
     cases = tuple(problem.host_case() for problem in problems)
-    return Group("host", "Host time of a forward call, bf16, no grad", cases, unit="us", device="cuda", host=True)
+    return Group("host", "Host time of a forward call, bf16, no grad", cases, unit="us", device="cuda", clock="host")
 
 
 def cpu_groups(

@@ -30,6 +30,7 @@ class Prepared:
     absent:    peer -> why it is left out: it is not installed, or it failed.
     resets:    provider -> a call that restores what the provider overwrites; it goes before each timed call, untimed.
     own:       further providers that are ours, for comparing ours with ours: they too are held to one budget.
+    keep:      what is to live as long as the calls do: a temporary folder, say.
     """
 
     providers: Mapping[str, Callable[[], object]]
@@ -38,6 +39,7 @@ class Prepared:
     absent: dict[str, str] = field(default_factory=dict)
     resets: Mapping[str, Callable[[], object]] = field(default_factory=dict)
     own: frozenset[str] = frozenset()
+    keep: object = None
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,10 @@ class Group:
     last_rate_bar: the share of the first case's items per second that the last case is to keep; 0 = nothing.
     settings:      environment variables the group needs; it then runs in a process of its own.
     device:        "cpu" or "cuda", where it runs.
-    host:          on a GPU: time what a call costs the host, not the device.
-    unit:          how a time is shown: "ms" or "us".
+    clock:         what is timed: "device", on a GPU the time of its kernels, on a CPU a call's; "host", on a GPU what a
+                   call costs the host; "own", the seconds that a call itself returns.
+    repeats:       samples of each provider; 0 = as many as the run's settings say.
+    unit:          how a time is shown: "s", "ms" or "us".
     axis:          the parameter along which cases are drawn as a curve; empty = as bars.
     """
 
@@ -91,7 +95,8 @@ class Group:
     unit: str = "ms"
     axis: str = ""
     device: str = "cpu"
-    host: bool = False
+    clock: str = "device"
+    repeats: int = 0
 
 
 @dataclass(frozen=True)

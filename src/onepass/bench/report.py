@@ -13,7 +13,7 @@ from rich.text import Text
 
 TOLERANCE = 0.02  # a ratio's bar is met when its median is at least the bar minus this
 RATIO_TO = "ratio to "  # a bar against one peer by name: "ratio to quack"
-PER_SECOND = {"ms": 1e3, "us": 1e6}
+PER_SECOND = {"s": 1.0, "ms": 1e3, "us": 1e6}
 
 
 class Bar(NamedTuple):

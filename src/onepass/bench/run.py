@@ -139,9 +139,13 @@ def run_case(
 
 def clock(group: registry.Group, settings: Settings) -> timing.Clock:
     """How the group's calls are timed."""
+    if group.clock == "own":
+        return timing.OwnClock()
     if group.device == "cpu":
         return timing.WallClock(settings.sample_seconds)
-    return timing.HostClock(settings.sample_seconds) if group.host else timing.DeviceClock(settings.sample_seconds / 8)
+    if group.clock == "host":
+        return timing.HostClock(settings.sample_seconds)
+    return timing.DeviceClock(settings.sample_seconds / 8)
 
 
 def _run_prepared(
@@ -161,7 +165,11 @@ def _run_prepared(
             peaks.append(fma_peak(dtype, settings.num_threads, PEAK_SECONDS))
 
     samples = timing.interleaved(
-        providers, settings.repeats, clock(group, settings), between=measure_peak, resets=prepared.resets
+        providers,
+        group.repeats or settings.repeats,
+        clock(group, settings),
+        between=measure_peak,
+        resets=prepared.resets,
     )
     row: dict[str, Any] = {
         "name": case.name,
@@ -189,7 +197,7 @@ def run_group(group: registry.Group, settings: Settings, progress: Callable[[str
     cases = [case for case in group.cases if case.quick or not settings.quick]
     before = environment.facts(settings.num_threads, group.device)
     roofline = None
-    if any(counts_bytes(case) for case in cases) and not group.host:
+    if any(counts_bytes(case) for case in cases) and group.clock == "device":
         progress(f"{group.name}: how fast the memory is")
         roofline = bandwidth.roofline(group.device, settings.num_threads)
     rows = []
@@ -213,7 +221,8 @@ def run_group(group: registry.Group, settings: Settings, progress: Callable[[str
         "mean_bar": group.mean_bar,
         "mean_bars": dict(group.mean_bars),
         "last_rate_bar": group.last_rate_bar,
-        "settings": dataclasses.asdict(settings) | {"environment": dict(group.settings)},
+        "settings": dataclasses.asdict(settings)
+        | {"repeats": group.repeats or settings.repeats, "environment": dict(group.settings)},
         "environment": after | {"clocks_before": before["clocks"]},
         "roofline": roofline,
         "geometric_mean": _geometric_mean(rows),

@@ -111,7 +111,7 @@ HOST = Group(
     (host_case(False), host_case(True)),
     unit="us",
     device="cuda",
-    host=True,
+    clock="host",
 )
 GROUPS = (
     group("forward", "Forward", plain_cases(FORWARD)),

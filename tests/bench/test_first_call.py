@@ -1,0 +1,69 @@
+"""The first call of a process: each call by itself, and the folders that new processes get."""
+
+import json
+import subprocess
+
+import pytest
+
+from onepass.bench import run
+from onepass.ops.attention.bench import first_call
+
+
+@pytest.mark.parametrize("name", first_call.CALLS)
+def test_calls_are_timed_and_checked(name):
+    found = first_call.measure(name, "onepass-cpu", "cpu")
+    assert found["seconds"] > 0
+    assert 0 < found["error"] <= 1
+
+
+def test_a_new_process_tells_the_same():
+    call = first_call.FirstCall("decode", "onepass-cpu", "cpu", None)
+    assert 0 < call.error() <= 1
+    assert 0 < call() < 10
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """The folders of Triton's cache that processes were started with; each takes a second more than the one before."""
+    folders = []
+
+    def start(command, env, **options):
+        assert {env[name].rpartition("/")[0] for name in first_call.FOLDERS} == {
+            env["TRITON_CACHE_DIR"].rpartition("/")[0]
+        }
+        folders.append(env["TRITON_CACHE_DIR"])
+        told = json.dumps({"seconds": float(len(folders)), "error": 0.5})
+        return subprocess.CompletedProcess(command, 0, stdout=f"a warning\n{told}\n", stderr="")
+
+    monkeypatch.setattr(first_call.subprocess, "run", start)
+    return folders
+
+
+def test_caches_are_empty_at_every_call_or_kept(processes, tmp_path):
+    cold = first_call.FirstCall("forward", "onepass-cpu", "cpu", None)
+    assert (cold.error(), cold(), cold()) == (0.5, 1.0, 2.0)  # the process that told the error had no cache either
+    assert len(set(processes)) == 2
+    warm = first_call.FirstCall("forward", "onepass-cpu", "cpu", tmp_path)
+    assert (warm.error(), warm(), warm()) == (0.5, 4.0, 5.0)
+    assert len(set(processes[2:])) == 1
+
+
+def test_a_group_is_measured_by_what_its_calls_return(processes, monkeypatch):
+    cases = [first_call.case("forward", warm=warm) for warm in (False, True)]
+    row = run.run_case(first_call.GROUP, cases[0], run.Settings())
+    assert row["samples"]["onepass-triton"] == {"calls": 1, "seconds": [1.0, 4.0, 5.0]}
+    assert set(row["samples"]) == {"onepass-triton", first_call.FLEX}
+    assert row["bars"] == {"seconds": 5.0}
+    processes.clear()
+    row = run.run_case(first_call.GROUP, cases[1], run.Settings())
+    assert row["bars"] == {}
+    assert len(set(processes)) == 2  # one for each provider
+
+
+def test_a_process_that_fails_is_told(monkeypatch):
+    with pytest.raises(RuntimeError, match=r"the first call of no such call onepass-cpu cpu failed: KeyError"):
+        first_call.FirstCall("no such call", "onepass-cpu", "cpu", None)()
+    failing = "raise SystemExit(3)"
+    monkeypatch.setattr(first_call, "_CHILD", failing)
+    with pytest.raises(RuntimeError, match="exit status 3"):
+        first_call.FirstCall("forward", "onepass-cpu", "cpu", None)()
