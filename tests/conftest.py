@@ -1,7 +1,8 @@
 """Seeds and devices.
 
 Every run draws a fresh seed and prints it, `--seed` replays it; each test gets its own by its name. Tests marked `gpu`
-are skipped where there is no GPU.
+are skipped where there is no GPU; those marked `interpreted`, and those of the backend `triton`, tests/interpreter runs
+in a process with Triton's interpreter.
 """
 
 import importlib
@@ -103,10 +104,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reasons = {}
     if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu") is not None:
-                item.add_marker(pytest.mark.skip(reason="there is no GPU here"))
+        reasons["gpu"] = "there is no GPU here"
+    if not env.triton_interpreted():
+        reasons["interpreted"] = "needs Triton's interpreter: tests/interpreter runs it there"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker) is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

@@ -1,24 +1,26 @@
 """The forward whose weights go by the score of one key: rows that leave its range are computed again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from onepass.core import env
+import onepass
+from onepass.ops.attention.inputs import AttentionCase
+from onepass.ops.attention.inputs_varlen import VarlenCase
+from onepass.testing import numerics
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from onepass.ops.attention.triton import fwd
 from onepass.ops.attention.triton.problem import Problem
 
-HERE = "cpu"  # in Triton's interpreter
 devices = pytest.mark.parametrize(
     "device",
     [
-        pytest.param(HERE, marks=pytest.mark.skipif(not env.triton_interpreted(), reason="needs the interpreter")),
+        pytest.param("cpu", marks=pytest.mark.interpreted),
         pytest.param("cuda", marks=pytest.mark.gpu),
     ],
 )
@@ -151,3 +153,40 @@ def test_each_way_is_taken(device: str, generator: torch.Generator, monkeypatch:
     alike = rows_alike(careful())
     assert alike[:16].all()
     assert not alike[256:].all()
+
+
+LONG = (SEQLEN, 7, 150)
+CASES = [
+    AttentionCase("grouped heads", batch=1, seqlen_q=70, seqlen_k=SEQLEN, nheads_q=6, nheads_kv=2, causal=True),
+    AttentionCase("sink", batch=1, seqlen_q=SEQLEN, seqlen_k=SEQLEN, sink=True, causal=True, window_size=(150, -1)),
+    AttentionCase("head_dim 40, head_dim_v 72", batch=1, seqlen_q=70, seqlen_k=SEQLEN, head_dim=40, head_dim_v=72),
+    VarlenCase("packed, grouped heads", seqlens_q=LONG, seqlens_k=LONG, causal=True, nheads_q=2, nheads_kv=1),
+    VarlenCase("packed, other keys", seqlens_q=(150, 7, 0), seqlens_k=(SEQLEN, 150, 9), used=(SEQLEN - 3, 140, 0)),
+    VarlenCase("packed, window, sink", seqlens_q=LONG, seqlens_k=LONG, window_size=(120, 30), sink=True),
+    VarlenCase("packed, bias", seqlens_q=LONG, seqlens_k=LONG, bias=(1, 0, 1, 0), causal=True),
+]
+
+
+def _forward(case: AttentionCase | VarlenCase, inputs: Mapping[str, Tensor], backend: str) -> tuple[Tensor, Tensor]:
+    options = case.options(inputs)
+    if isinstance(case, VarlenCase):
+        return onepass.attention_varlen(*case.tensors(inputs), **options, return_lse=True, backend=backend)
+    q, k, v = (inputs[name] for name in ("q", "k", "v"))
+    return onepass.attention(q, k, v, **options, return_lse=True, backend=backend)
+
+
+@devices
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_within_budget(
+    device: str, case: AttentionCase | VarlenCase, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed sequences, grouped heads and sinks; some rows are computed again."""
+    inputs = case.inputs(torch.float32, device, torch.Generator().manual_seed(seed))
+    inputs["q"].transpose(-3, -2)[..., : inputs["q"].shape[-3] // 3, :] *= 30.0  # rows of the first blocks
+    lazy = _forward(case, inputs, "triton")
+    exact, rounded = _forward(case, numerics.in_double(inputs), "reference"), _forward(case, inputs, "reference")
+    terms = case.terms(inputs)
+    for name, *three in zip(("out", "lse"), lazy, exact, rounded, strict=True):
+        numerics.assert_within_budget([numerics.compare(name, *three, terms[name])], case=case, device=device)
+    monkeypatch.setattr(Problem, "lazy", property(lambda problem: False))
+    assert not torch.equal(lazy[0], _forward(case, inputs, "triton")[0])

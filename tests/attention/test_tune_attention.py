@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from onepass.core import env
 from onepass.core.triton_backend import Launcher
 
-pytestmark = pytest.mark.skipif(not env.triton_interpreted(), reason="on a GPU it is a benchmark")
+pytestmark = pytest.mark.interpreted  # on a GPU it is a benchmark
 _PATH = Path(__file__).parents[2] / "scripts" / "tune_attention.py"
 
 

@@ -1,4 +1,6 @@
-"""The Triton kernels without a GPU: each operation's tests once more, in a process with Triton's interpreter."""
+"""The Triton kernels without a GPU: in a process with Triton's interpreter, each operation's tests of the backend
+`triton` once more, and what is marked `interpreted`.
+"""
 
 import importlib.util
 import re
@@ -13,6 +15,7 @@ from onepass.testing.background import Background
 
 _ROOT = Path(__file__).parents[2]
 _OPS = sorted(path.parent.name for path in _ROOT.glob("src/onepass/ops/*/triton"))
+_CHOSEN = ("-k", "triton or interpreted", "-p", "no:cacheprovider")
 _POSSIBLE = importlib.util.find_spec("triton") is not None and not env.triton_interpreted()
 
 
@@ -27,9 +30,9 @@ def begin_in_background(background: Background, items: list[pytest.Function]) ->
     for item in items if _POSSIBLE else ():
         op, seed = item.callspec.params["op"], str(item.config.option.seed)
         for index, part in enumerate(_parts(op)):
-            command = [sys.executable, "-m", "pytest", *part, "-q", "-k", "triton", "-p", "no:cacheprovider"]
+            command = [sys.executable, "-m", "pytest", *part, "-q", *_CHOSEN, "--seed", seed]
 
-            def run(command: tuple[str, ...] = (*command, "--seed", seed)) -> subprocess.CompletedProcess[str]:
+            def run(command: tuple[str, ...] = tuple(command)) -> subprocess.CompletedProcess[str]:
                 return background.run(command, environment)
 
             background.begin(f"{op} {index}", run)
