@@ -64,6 +64,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     for item in session.items:
         if hasattr(item, "module"):
             of_module.setdefault(item.module, []).append(item)
+    if any(item.name == "test_compiles_with_the[installed]" for item in session.items):
+        for item in session.items:
+            if item.name == "test_compiles_for_every_target":
+                item.add_marker(pytest.mark.skip(reason="tests/interpreter/test_compilation.py runs it"))
     background = session.config.stash[_BACKGROUND] = Background(os.environ)
     for ending in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(ending) is signal.SIG_DFL:

@@ -1,9 +1,11 @@
-"""Every Triton kernel compiled with the oldest and the newest Triton that onepass supports.
+"""Every Triton kernel compiled with the installed Triton, for every target, and with the oldest and the newest that
+onepass supports, which scripts/install.sh puts beside it.
 
-The installed one compiles them in each operation's own tests; scripts/install.sh puts these two beside it.
+A process runs each operation's own test of it, beside the other tests, which one thread works through.
 """
 
 import functools
+import importlib.util
 import os
 import re
 import subprocess
@@ -17,7 +19,9 @@ from onepass.testing.background import Background
 
 _ROOT = Path(__file__).parents[2]
 _TESTS = sorted(str(path) for path in (_ROOT / "tests").glob("*/test_*_triton.py"))
-_TARGETS = ("--aot-targets=sm_90,gfx950", "--aot-share-out")  # every launch for all six with the installed Triton
+INSTALLED = "installed"
+_FEWER = ("--aot-targets=sm_90,gfx950", "--aot-share-out")
+_OPTIONS: dict[str, tuple[str, ...]] = {INSTALLED: (), "oldest": _FEWER, "newest": _FEWER}
 _VERSION = "import triton; print(triton.__version__)"
 
 
@@ -26,6 +30,8 @@ def _folder(name: str) -> Path:
 
 
 def _environment(name: str) -> dict[str, str]:
+    if name == INSTALLED:
+        return dict(os.environ)
     paths = [str(_folder(name)), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
@@ -40,6 +46,8 @@ def _missing(name: str) -> str:
     """Why there is nothing to compile with; "" if there is."""
     if env.triton_interpreted():
         return "interpreted kernels are not compiled"
+    if name == INSTALLED:
+        return "" if importlib.util.find_spec("triton") is not None else "Triton is not installed"
     if not _folder(name).exists():
         return f"there is no {_folder(name)}: scripts/install.sh dev makes it"
     version = _version(_environment(name))
@@ -47,15 +55,16 @@ def _missing(name: str) -> str:
 
 
 def begin_in_background(background: Background, items: list[pytest.Function]) -> None:
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *_TARGETS, *_TESTS)
-    for name in (item.callspec.params["name"] for item in items):
+    for item in items:
+        name, targets = item.callspec.params["name"], item.config.option.aot_targets
         if not _missing(name):
-            environment = _environment(name)
-            background.begin(name, lambda environment=environment: background.run(command, environment))
+            options = _OPTIONS[name] or (f"--aot-targets={targets}",)
+            command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *_TESTS)
+            background.begin(name, functools.partial(background.run, command, _environment(name)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["oldest", "newest"])
+@pytest.mark.parametrize("name", _OPTIONS)
 def test_compiles_with_the(name: str, background: Background) -> None:
     missing = _missing(name)
     if missing:
