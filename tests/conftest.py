@@ -117,6 +117,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker) is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+    items.sort(key=lambda item: "background" in getattr(item, "fixturenames", ()))  # last, those that may have to wait
 
 
 @pytest.fixture

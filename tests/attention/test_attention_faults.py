@@ -9,10 +9,19 @@ from torch import Tensor
 
 from onepass.core.registry import KernelTable
 from onepass.ops.attention import kernels
-from onepass.ops.attention.inputs import AttentionCase, DecodeCase, MergeCase
+from onepass.ops.attention.inputs import CASES, AttentionCase, DecodeCase, MergeCase
+from onepass.ops.attention.inputs_varlen import VarlenCase
 from onepass.testing import faults, numerics
 
 _K, _V, _SCALE, _LEFT, _RIGHT = 1, 2, 8, 9, 10  # places among the launchers' arguments
+_SUMMED = [
+    case
+    for case in CASES
+    if isinstance(case, (AttentionCase, VarlenCase))
+    and (case.bias is not None or case.sink)
+    and getattr(case, "page_size", None) is None  # no gradients
+    and getattr(case, "used", None) != (0, 0, 0)  # gradients of zeros
+]
 _PLAIN = AttentionCase("plain", seqlen_q=60, seqlen_k=75, causal=True, window_size=(50, -1))
 
 Launcher = Callable[..., Any]
@@ -129,3 +138,17 @@ def test_write_outside_is_noticed() -> None:
         assert guard.intact()
         guard.buffer[66] = 0
         assert not guard.intact()
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", _SUMMED, ids=lambda case: case.name)
+def test_gradients_of_zeros_are_noticed(case: Any, precision: torch.dtype, generator: torch.Generator) -> None:
+    """Where a gradient is a sum of many rows its budget is not as large as the gradient."""
+    inputs = case.inputs(precision, "cpu", generator)
+    exact, rounded = case.call(numerics.in_double(inputs), "reference"), case.call(inputs, "reference")
+    terms = case.terms(inputs)
+    names = {"dattn_bias", "dattn_sink"} & set(exact)
+    assert names
+    for name in names:
+        zeros = torch.zeros_like(rounded[name])
+        assert numerics.error_in_budgets(zeros, exact[name], rounded[name], terms.get(name, 0.0)) > 3

@@ -142,7 +142,6 @@ def _decode_int4(head_dim: int, groups: int, dtype: torch.dtype, page_size: int 
 
 
 _WATCHED = ("sm_80", "sm_90")  # where registers must not spill
-_EACH_KIND = ("sm_80", "sm_90", "sm_100", "gfx950")  # GPUs of one kind of matrix instructions: one of each
 
 
 def _launch() -> None:
@@ -160,18 +159,16 @@ def _launch() -> None:
     _decode_with_options(64)
     _decode_int4(128, 1, torch.bfloat16)
     _decode_int4(128, 1, torch.bfloat16, 16)
+    _prefill(64, 256, {"softcap": 5.0})
+    _decode_int4(64, 1, torch.float16, 256)
+    _decode_int4(128, 2, torch.bfloat16)
+    _decode_int4(128, 1, torch.bfloat16, seqlen_q=9)
+    _decode_int4(10, 1, torch.float16)  # an odd number of bytes
+    _decode_int4(64, 1, torch.float32)
+    _attend(64, 64, torch.float32, _CAUSAL)
     target = device.arch(torch.empty(0))
-    if target in _EACH_KIND:
-        _attend(40, 40, torch.float16, _EVERYTHING)
-        _attend(64, 64, torch.float32, _CAUSAL)
-        _prefill(64, 256, {"softcap": 5.0})
-        _decode_int4(64, 1, torch.float16, 256)
-        _decode_int4(128, 2, torch.bfloat16)
-        _decode_int4(128, 1, torch.bfloat16, seqlen_q=9)
-        _decode_int4(10, 1, torch.float16)  # an odd number of bytes
-        _decode_int4(64, 1, torch.float32)
-    else:
-        _attend(64, 64, torch.float16, {"right": 0, "softcap": 5.0, "bias": True, "sink": True, "p": 0.1})
+    if target != "sm_90":
+        _attend(40, 40, torch.float16, _EVERYTHING)  # takes as long as ten others
     if target in _WATCHED:
         for features in _OPTIONS:
             _attend(128, 128, torch.bfloat16, features)
@@ -179,7 +176,7 @@ def _launch() -> None:
         _decode(64, False, torch.float8_e4m3fn)
     if target == "sm_90":
         _attend(64, 64, torch.bfloat16, {"p": 1e-10})  # the least threshold, 1, of which Triton makes a constant
-        _attend_packed(40, 72, torch.float16, _EVERYTHING)  # takes as long as ten others
+        _attend_packed(40, 72, torch.float16, _EVERYTHING)
     outs, lses = torch.empty(2, 1, 8, 4, 64), torch.empty(2, 1, 4, 8)
     out, lse = merge.merge(outs, lses)
     merge.merge_backward(out, lse, outs, lses, out, lse)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import onepass
+from onepass.core import replay
 from onepass.ops.attention.inputs import AttentionCase
 from onepass.ops.attention.inputs_varlen import VarlenCase
 from onepass.testing import numerics
@@ -167,6 +168,7 @@ CASES = [
 ]
 
 
+@replay.paused()  # a plan that was recorded keeps its constants
 def _forward(case: AttentionCase | VarlenCase, inputs: Mapping[str, Tensor], backend: str) -> tuple[Tensor, Tensor]:
     options = case.options(inputs)
     if isinstance(case, VarlenCase):

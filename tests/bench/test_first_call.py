@@ -5,21 +5,34 @@ import subprocess
 
 import pytest
 
-from onepass.bench import run
+import onepass
+from onepass.bench import registry, run
 from onepass.ops.attention.bench import first_call
 
 
 @pytest.mark.parametrize("name", first_call.CALLS)
-def test_calls_are_timed_and_checked(name):
-    found = first_call.measure(name, "onepass-cpu", "cpu")
+def test_calls_are_timed_and_checked(name, seed):
+    found = first_call.measure(name, "onepass-cpu", "cpu", seed)
     assert found["seconds"] > 0
     assert 0 < found["error"] <= 1
 
 
-def test_a_new_process_tells_the_same():
+def test_new_processes_tell_seconds_and_errors():
     call = first_call.FirstCall("decode", "onepass-cpu", "cpu", None)
     assert 0 < call.error() <= 1
-    assert 0 < call() < 10
+    first, second = call(), call()
+    assert min(first, second) > 0
+    assert first != second
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", first_call.CALLS)
+def test_first_calls_on_a_gpu(name):
+    for warm in (False, True):
+        row = run.run_case(first_call.GROUP, first_call.case(name, warm), run.Settings(repeats=2))
+        assert row["absent"] == {}
+        assert all(len(sample["seconds"]) == 2 for sample in row["samples"].values())
 
 
 @pytest.fixture
@@ -61,9 +74,26 @@ def test_a_group_is_measured_by_what_its_calls_return(processes, monkeypatch):
 
 
 def test_a_process_that_fails_is_told(monkeypatch):
-    with pytest.raises(RuntimeError, match=r"the first call of no such call onepass-cpu cpu failed: KeyError"):
+    with pytest.raises(RuntimeError, match=r"the first call of no such call by onepass-cpu on cpu failed: .*no such"):
         first_call.FirstCall("no such call", "onepass-cpu", "cpu", None)()
-    failing = "raise SystemExit(3)"
-    monkeypatch.setattr(first_call, "_CHILD", failing)
+    call = first_call.FirstCall("forward", "onepass-cpu", "cpu", None)
+    monkeypatch.setattr(first_call, "_CHILD", "raise SystemExit(3)")
     with pytest.raises(RuntimeError, match="exit status 3"):
-        first_call.FirstCall("forward", "onepass-cpu", "cpu", None)()
+        call()
+    monkeypatch.setattr(first_call, "_CHILD", "import time; time.sleep(60)")
+    monkeypatch.setattr(first_call, "TIMEOUT", 0.1)
+    with pytest.raises(RuntimeError, match=r"more than 0\.1 seconds"):
+        call()
+
+
+def test_a_call_that_ours_refuses_is_skipped(monkeypatch, capsys):
+    def refuses(provider, device):
+        raise onepass.UnsupportedError("attention: no backend can do this\n  cpu: not today\n  triton: no GPU")
+
+    monkeypatch.setattr(first_call, "CALLS", {"forward": (refuses, ())})
+    first_call.main(["forward", "onepass-cpu", "cpu", "0"])
+    told = capsys.readouterr().out.strip()
+    monkeypatch.setattr(first_call, "_CHILD", f"print({told!r})")
+    case = first_call.case("forward", warm=False)
+    with pytest.raises(registry.SkippedError, match=r"^cpu: not today$"):
+        run.run_case(first_call.GROUP, case, run.Settings())

@@ -56,9 +56,10 @@ def _missing(name: str) -> str:
 
 def begin_in_background(background: Background, items: list[pytest.Function]) -> None:
     for item in items:
-        name, targets = item.callspec.params["name"], item.config.option.aot_targets
+        name, chosen = item.callspec.params["name"], item.config.option
         if not _missing(name):
-            options = _OPTIONS[name] or (f"--aot-targets={targets}",)
+            shared = ("--aot-share-out",) if chosen.aot_share_out else ()
+            options = _OPTIONS[name] or (f"--aot-targets={chosen.aot_targets}", *shared)
             command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *_TESTS)
             background.begin(name, functools.partial(background.run, command, _environment(name)))
 

@@ -15,7 +15,7 @@ from onepass.testing.background import Background
 
 _ROOT = Path(__file__).parents[2]
 _OPS = sorted(path.parent.name for path in _ROOT.glob("src/onepass/ops/*/triton"))
-_CHOSEN = ("-k", "triton or interpreted", "-p", "no:cacheprovider")
+_ARGUMENTS = ("-k", "triton or interpreted", "-p", "no:cacheprovider")
 _POSSIBLE = importlib.util.find_spec("triton") is not None and not env.triton_interpreted()
 
 
@@ -30,7 +30,7 @@ def begin_in_background(background: Background, items: list[pytest.Function]) ->
     for item in items if _POSSIBLE else ():
         op, seed = item.callspec.params["op"], str(item.config.option.seed)
         for index, part in enumerate(_parts(op)):
-            command = [sys.executable, "-m", "pytest", *part, "-q", *_CHOSEN, "--seed", seed]
+            command = [sys.executable, "-m", "pytest", *part, "-q", *_ARGUMENTS, "--seed", seed]
 
             def run(command: tuple[str, ...] = tuple(command)) -> subprocess.CompletedProcess[str]:
                 return background.run(command, environment)
@@ -50,3 +50,8 @@ def test_in_the_interpreter(op: str, background: Background) -> None:
         assert passed is not None, result.stdout
         total += int(passed[1])
     assert total > 20
+
+
+def test_what_needs_the_interpreter_lies_where_it_runs_there(request: pytest.FixtureRequest) -> None:
+    marked = {item.path.parent for item in request.session.items if item.get_closest_marker("interpreted") is not None}
+    assert marked <= {_ROOT / "tests" / op for op in _OPS}

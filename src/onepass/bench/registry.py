@@ -80,7 +80,7 @@ class Group:
     device:        "cpu" or "cuda", where it runs.
     clock:         what is timed: "device", on a GPU the time of its kernels, on a CPU a call's; "host", on a GPU what a
                    call costs the host; "own", the seconds that a call itself returns.
-    repeats:       samples of each provider; 0 = as many as the run's settings say.
+    most_repeats:  samples of each provider at most; 0 = as many as the run's settings say.
     unit:          how a time is shown: "s", "ms" or "us".
     axis:          the parameter along which cases are drawn as a curve; empty = as bars.
     """
@@ -96,7 +96,7 @@ class Group:
     axis: str = ""
     device: str = "cpu"
     clock: str = "device"
-    repeats: int = 0
+    most_repeats: int = 0
 
 
 @dataclass(frozen=True)

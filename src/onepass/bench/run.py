@@ -148,6 +148,11 @@ def clock(group: registry.Group, settings: Settings) -> timing.Clock:
     return timing.DeviceClock(settings.sample_seconds / 8)
 
 
+def repeats(group: registry.Group, settings: Settings) -> int:
+    """Samples of each provider."""
+    return min(settings.repeats, group.most_repeats or settings.repeats)
+
+
 def _run_prepared(
     group: registry.Group,
     case: registry.Case,
@@ -166,7 +171,7 @@ def _run_prepared(
 
     samples = timing.interleaved(
         providers,
-        group.repeats or settings.repeats,
+        repeats(group, settings),
         clock(group, settings),
         between=measure_peak,
         resets=prepared.resets,
@@ -222,7 +227,7 @@ def run_group(group: registry.Group, settings: Settings, progress: Callable[[str
         "mean_bars": dict(group.mean_bars),
         "last_rate_bar": group.last_rate_bar,
         "settings": dataclasses.asdict(settings)
-        | {"repeats": group.repeats or settings.repeats, "environment": dict(group.settings)},
+        | {"repeats": repeats(group, settings), "environment": dict(group.settings)},
         "environment": after | {"clocks_before": before["clocks"]},
         "roofline": roofline,
         "geometric_mean": _geometric_mean(rows),

@@ -57,21 +57,28 @@ def option_terms(sizes: Mapping[str, Tensor], lse: Tensor, inputs: Mapping[str, 
     keys), what belongs to rows, lse among it, as (..., nheads, rows).
     """
     found = {}
-    # delta is computed from out as it is stored.
+    # delta is computed from out as it is stored: one error a row, which those of other rows are independent of.
     stored = torch.finfo(inputs["q"].dtype).eps / torch.finfo(torch.float32).eps / 2
     if "attn_bias" in inputs:
         bias = inputs["attn_bias"]
         summed = [dim for dim in range(4) if bias.shape[dim] == 1]
+        found["dattn_bias"] = dbias = _sum(sizes["ds"], summed)
         # Where nothing is summed, the rounding of a result in q's dtype is as large.
-        counts = bool(summed) or bias.dtype != inputs["q"].dtype
-        dbias = sizes["ds"] + stored * sizes["delta of weights"] if counts else sizes["ds"]
-        found["dattn_bias"] = _sum(dbias, summed)
+        if bias.dtype != inputs["q"].dtype or dbias.numel() < sizes["ds"].numel():
+            of_rows = _sum(sizes["delta of weights"], [dim for dim in summed if dim == 3])
+            found["dattn_bias"] = dbias + stored * _root_sum_square(of_rows, [dim for dim in summed if dim != 3])
     if "attn_sink" in inputs:
-        weight = torch.exp(inputs["attn_sink"].double().view(-1, 1) - lse) * (1.0 + lse.abs())
-        rows = (weight * (sizes["row"] + stored * sizes["delta"])).nan_to_num()
-        found["dattn_sink"] = _sum(rows, [dim for dim in range(rows.ndim) if dim != rows.ndim - 2])
+        weight = torch.exp(inputs["attn_sink"].double().view(-1, 1) - lse)
+        rows = (weight * (1.0 + lse.abs()) * sizes["row"]).nan_to_num()
+        summed = [dim for dim in range(rows.ndim) if dim != rows.ndim - 2]
+        rounding = _root_sum_square((weight * sizes["delta"]).nan_to_num(), summed)
+        found["dattn_sink"] = _sum(rows, summed) + stored * rounding
     return found
 
 
 def _sum(x: Tensor, dims: list[int]) -> Tensor:
     return x.sum(dims, keepdim=True) if dims else x  # torch.sum takes an empty list for all of them
+
+
+def _root_sum_square(x: Tensor, dims: list[int]) -> Tensor:
+    return _sum(x.square(), dims).sqrt()

@@ -1,7 +1,8 @@
 """What the first call of a process on a GPU takes where nothing is compiled yet, and with warm caches on the disk.
 
-Each call is a new process with its own folder for what Triton and torch.compile keep; it loads PyTorch and makes its
-inputs before its clock starts, and waits for the GPU before the clock stops.
+Each call is a new process with its own folder for what Triton and torch.compile keep; it loads PyTorch (for a peer
+torch.compile, too, which makes it look a little quicker) and makes its inputs before its clock starts, and waits for
+the GPU before the clock stops.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ from typing import Any, NamedTuple
 
 import torch
 
+import onepass
 from onepass.bench import problems
 from onepass.bench.problems import BOTH, FORWARD, first_line
-from onepass.bench.registry import Case, Group, Prepared
+from onepass.bench.registry import Case, Group, Prepared, SkippedError
 from onepass.ops.attention.bench import contenders, decode
 from onepass.ops.attention.bench.contenders import FLEX
 from onepass.ops.attention.bench.problem import Problem, constants, draw
 
 BF16 = torch.bfloat16
 PROBLEM = Problem(2, 8, 1000, 128, causal=True)
-SECONDS = 5.0  # at most, of compilation
-REPEATS = 3
+SECONDS = 5.0  # at most, of which nearly all is compilation
+REPEATS = 3  # each process takes seconds
+TIMEOUT = 300.0  # seconds
+FAILED, REFUSED = "failed", "refused"  # what a process tells in place of its figures
 _CHILD = "import sys; from onepass.ops.attention.bench import first_call; first_call.main(sys.argv[1:])"
 FOLDERS = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 
@@ -44,7 +48,7 @@ class Timed(NamedTuple):
 def attention_call(direction: str, provider: str, device: str) -> Timed:
     fixed = constants(PROBLEM, device, BF16)
     inputs = draw(PROBLEM, device, BF16)
-    build = contenders.BUILDERS.get(provider, contenders.ours)
+    build = contenders.ours if provider == problems.OURS[device] else contenders.BUILDERS[provider]
     ready = contenders.set_up(build(PROBLEM, fixed, device, BF16), PROBLEM, inputs, fixed, direction)
 
     def error() -> float:
@@ -71,8 +75,9 @@ CALLS: Mapping[str, tuple[Callable[[str, str], Timed], tuple[str, ...]]] = {
 }
 
 
-def measure(name: str, provider: str, device: str) -> dict[str, float]:
+def measure(name: str, provider: str, device: str, seed: int) -> dict[str, float]:
     """In this process: the seconds of the first call, and the error of the next."""
+    torch.manual_seed(seed)
     timed = CALLS[name][0](provider, device)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
@@ -84,14 +89,15 @@ def measure(name: str, provider: str, device: str) -> dict[str, float]:
 
 
 class FirstCall:
-    """`measure` in a new process at every call, which returns the seconds.
+    """`measure` in a new process at every call, which returns the seconds. RuntimeError says why a process failed,
+    SkippedError why ours refuses the call.
 
     cache: the folder of what is compiled; None = an empty one at every call. The process that told the error was such a
            first call, too: its seconds are the first that are returned.
     """
 
     def __init__(self, name: str, provider: str, device: str, cache: Path | None) -> None:
-        self.arguments, self.cache = (name, provider, device), cache
+        self.arguments, self.cache = (name, provider, device, str(torch.initial_seed())), cache
         self._kept: list[float] = []
 
     def error(self) -> float:
@@ -108,12 +114,25 @@ class FirstCall:
             folder = self.cache or Path(empty)
             environment = os.environ | {variable: str(folder / name) for variable, name in FOLDERS.items()}
             command = [sys.executable, "-c", _CHILD, *self.arguments]
-            child = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+            options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": TIMEOUT}
+            try:
+                child = subprocess.run(command, env=environment, check=False, **options)
+            except subprocess.TimeoutExpired as error:
+                raise RuntimeError(f"{self._what}: it took more than {TIMEOUT:g} seconds") from error
         if child.returncode != 0:
             last = child.stderr.strip().splitlines()[-1:] or [f"exit status {child.returncode}"]
-            raise RuntimeError(f"the first call of {' '.join(self.arguments)} failed: {last[0]}")
-        found: dict[str, float] = json.loads(child.stdout.splitlines()[-1])
+            raise RuntimeError(f"{self._what}: {last[0]}")
+        found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+        if REFUSED in found:
+            raise SkippedError(found[REFUSED])
+        if FAILED in found:
+            raise RuntimeError(f"{self._what}: {found[FAILED]}")
         return found
+
+    @property
+    def _what(self) -> str:
+        name, provider, device, _ = self.arguments
+        return f"the first call of {name} by {provider} on {device} failed"
 
 
 def prepare(name: str, warm: bool, device: str) -> Prepared:
@@ -148,15 +167,23 @@ def case(name: str, warm: bool) -> Case:
 
 GROUP = Group(
     "cuda-first-call",
-    "First call of a process, bf16, nothing compiled before",
+    "First call of a process, bf16, with empty caches of compiled kernels and with warm ones",
     (*(case(name, warm=False) for name in CALLS), *(case(name, warm=True) for name in CALLS)),
     unit="s",
     device="cuda",
     clock="own",
-    repeats=REPEATS,
+    most_repeats=REPEATS,
 )
 
 
 def main(arguments: Sequence[str]) -> None:
-    name, provider, device = arguments
-    print(json.dumps(measure(name, provider, device)))
+    """In a new process: figures, or why there are none, as the last line of what it prints."""
+    name, provider, device, seed = arguments
+    told: dict[str, Any]
+    try:
+        told = dict(measure(name, provider, device, int(seed)))
+    except onepass.UnsupportedError as error:
+        told = {REFUSED: str(contenders.refusal(error, problems.BACKENDS[device]))}
+    except Exception as error:
+        told = {FAILED: first_line(error)}
+    print(json.dumps(told))
