@@ -18,6 +18,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,8 +210,9 @@ def assert_every_kernel_compiles(package: str, call: Callable[[], Any], fault: F
         _work.extend((launch, target) for launch in (_share(launches, turn) if SHARED_OUT else launches))
     missing, unknown = sorted(set(kernels) - everywhere), sorted(everywhere - set(kernels))
     assert set(kernels) == everywhere, f"not launched: {missing}; not in {package}: {unknown}"
-    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        failures = [failure for failure in pool.map(_failure, range(len(_work)), chunksize=1) if failure]
+    # Not multiprocessing.Pool: it would wait for ever for a process that crashed, or that has a handler for SIGTERM.
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        failures = [failure for failure in pool.map(_failure, range(len(_work))) if failure]
     assert not failures, "\n".join(failures)
 
 
