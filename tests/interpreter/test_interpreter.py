@@ -50,8 +50,3 @@ def test_in_the_interpreter(op: str, background: Background) -> None:
         assert passed is not None, result.stdout
         total += int(passed[1])
     assert total > 20
-
-
-def test_what_needs_the_interpreter_lies_where_it_runs_there(request: pytest.FixtureRequest) -> None:
-    marked = {item.path.parent for item in request.session.items if item.get_closest_marker("interpreted") is not None}
-    assert marked <= {_ROOT / "tests" / op for op in _OPS}
