@@ -40,7 +40,8 @@ def processes(monkeypatch):
     """The folders of Triton's cache that processes were started with; each takes a second more than the one before."""
     folders = []
 
-    def start(command, env, **options):
+    def start(command, **options):
+        env = dict(word.split("=", 1) for word in command[1 : 1 + len(first_call.FOLDERS)])
         assert {env[name].rpartition("/")[0] for name in first_call.FOLDERS} == {
             env["TRITON_CACHE_DIR"].rpartition("/")[0]
         }

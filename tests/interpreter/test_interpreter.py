@@ -2,9 +2,9 @@
 `triton` once more, and what is marked `interpreted`.
 """
 
+import functools
 import importlib.util
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -31,11 +31,7 @@ def begin_in_background(background: Background, items: list[pytest.Function]) ->
         op, seed = item.callspec.params["op"], str(item.config.option.seed)
         for index, part in enumerate(_parts(op)):
             command = [sys.executable, "-m", "pytest", *part, "-q", *_ARGUMENTS, "--seed", seed]
-
-            def run(command: tuple[str, ...] = tuple(command)) -> subprocess.CompletedProcess[str]:
-                return background.run(command, environment)
-
-            background.begin(f"{op} {index}", run)
+            background.begin(f"{op} {index}", functools.partial(background.run, command, environment))
 
 
 @pytest.mark.slow

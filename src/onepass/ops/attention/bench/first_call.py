@@ -8,7 +8,6 @@ the GPU before the clock stops.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -39,10 +38,11 @@ FOLDERS = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 
 
 class Timed(NamedTuple):
-    """A call and its error in budgets, which runs it again."""
+    """A call, its error in budgets, which runs it again, and whether autograd records both."""
 
     call: Callable[[], object]
     error: Callable[[], float]
+    grad: bool = False
 
 
 def attention_call(direction: str, provider: str, device: str) -> Timed:
@@ -52,10 +52,9 @@ def attention_call(direction: str, provider: str, device: str) -> Timed:
     ready = contenders.set_up(build(PROBLEM, fixed, device, BF16), PROBLEM, inputs, fixed, direction)
 
     def error() -> float:
-        with torch.set_grad_enabled(direction != FORWARD):
-            return contenders.check(PROBLEM, direction, inputs, fixed, {provider: ready}, {})[provider]
+        return contenders.check(PROBLEM, direction, inputs, fixed, {provider: ready}, {})[provider]
 
-    return Timed(ready.call, error)
+    return Timed(ready.call, error, grad=direction != FORWARD)
 
 
 def decode_call(provider: str, device: str) -> Timed:
@@ -81,11 +80,11 @@ def measure(name: str, provider: str, device: str, seed: int) -> dict[str, float
     timed = CALLS[name][0](provider, device)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
-    start = time.perf_counter()
-    with torch.set_grad_enabled(name == "forward + backward"):
+    with torch.set_grad_enabled(timed.grad):
+        start = time.perf_counter()
         timed.call()
-    wait()
-    return {"seconds": time.perf_counter() - start, "error": timed.error()}
+        wait()
+        return {"seconds": time.perf_counter() - start, "error": timed.error()}
 
 
 class FirstCall:
@@ -112,11 +111,11 @@ class FirstCall:
     def _measure(self) -> dict[str, float]:
         with tempfile.TemporaryDirectory(prefix="onepass-first-call-") as empty:
             folder = self.cache or Path(empty)
-            environment = os.environ | {variable: str(folder / name) for variable, name in FOLDERS.items()}
-            command = [sys.executable, "-c", _CHILD, *self.arguments]
+            variables = [f"{variable}={folder / name}" for variable, name in FOLDERS.items()]
+            command = ["env", *variables, sys.executable, "-c", _CHILD, *self.arguments]
             options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": TIMEOUT}
             try:
-                child = subprocess.run(command, env=environment, check=False, **options)
+                child = subprocess.run(command, check=False, **options)
             except subprocess.TimeoutExpired as error:
                 raise RuntimeError(f"{self._what}: it took more than {TIMEOUT:g} seconds") from error
         if child.returncode != 0:
