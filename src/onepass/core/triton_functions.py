@@ -40,6 +40,17 @@ def tanh(u):
 
 
 @triton.jit
+def widened(x):
+    """fp32 of 16-bit numbers on an NVIDIA GPU; bf16 in one instruction each, where the compiler takes three for two."""
+    if x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def load(ptr, mask, EVEN: tl.constexpr, EVICT: tl.constexpr = None):
     """As fp32; 0 where masked. EVEN: the mask is true everywhere, and costs nothing."""
     if EVEN:

@@ -11,6 +11,7 @@ broadcast along it. Each computes the scores again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,16 +27,30 @@ from onepass.ops.attention.triton.config import (
     backward_keys_config,
     backward_queries_config,
 )
-from onepass.ops.attention.triton.problem import BY_POINTERS, Held, Problem, block_of, tensors_of, walked
+from onepass.ops.attention.triton.problem import (
+    BY_POINTERS,
+    ROW_MULTIPLE,
+    Held,
+    Problem,
+    Walked,
+    block_of,
+    tensors_of,
+    walked,
+    walked_bias,
+    walked_rows,
+)
 from onepass.ops.attention.triton.tile import (
+    BIAS_BY_TMA,
     LOG2_E,
     MOST_LSE,
+    bias_tile,
     kept,
     load_tile,
     part_of,
     seen_range,
     sequence_of,
     visible,
+    walked_row,
     walked_tile,
     weights,
     whole_blocks,
@@ -45,7 +60,8 @@ from onepass.ops.attention.triton.tile import (
 @triton.jit
 def _delta_kernel(
     do_ptr, out_ptr, lse_ptr, dlse_ptr, sink_ptr, delta_ptr, lse2_ptr, sink_part_ptr,
-    stride_db, stride_ds, stride_dh, stride_dd, stride_ob, stride_os, stride_oh, stride_od, seqlen_q, nheads_q,
+    stride_db, stride_ds, stride_dh, stride_dd, stride_ob, stride_os, stride_oh, stride_od, stride_row,
+    seqlen_q, nheads_q,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_DSINK: tl.constexpr,
     BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -66,17 +82,18 @@ def _delta_kernel(
     do = tl.load(do_ptrs + feature.to(tl.int64) * stride_dd, mask=mask, other=0.0).to(tl.float32)
     out = tl.load(out_ptrs + feature.to(tl.int64) * stride_od, mask=mask, other=0.0).to(tl.float32)
     at = sheet.to(tl.int64) * seqlen_q + row
+    row_at = sheet.to(tl.int64) * stride_row + row
     delta = tl.sum(do * out, 1)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + at, mask=there, other=0.0)
     lse = tl.load(lse_ptr + at, mask=there, other=0.0)
     empty = lse == -float("inf")
     delta = tl.where(empty, 0.0, delta)  # dlse of -inf may be anything
-    tl.store(delta_ptr + at, delta, mask=there)
+    tl.store(delta_ptr + row_at, delta, mask=there)
     lost = empty
     if BIAS:
         lost |= (tl.abs(lse) > MOST_LSE) & (lse < float("inf"))
-    tl.store(lse2_ptr + at, tl.where(lost, float("inf"), lse * LOG2_E), mask=there)
+    tl.store(lse2_ptr + row_at, tl.where(lost, float("inf"), lse * LOG2_E), mask=there)
     if NEED_DSINK:  # the sink has the weight exp(sink - lse) and adds no value
         sink = tl.load(sink_ptr + head).to(tl.float32)
         weight = tl.where(empty, 0.0, tl.exp(sink - lse))
@@ -86,19 +103,20 @@ def _delta_kernel(
 @triton.jit
 def _walk_queries(
     dk, dv, k, v, q_ptr, do_ptr, q_desc, do_desc, q_row, q_per_head, q_col_head, do_row, do_per_head, do_col_head,
+    row_desc, lse2_row, delta_row, bias_desc, bias_row, bias_per_head, bias_col_head,
     lse2_ptr, delta_ptr, bias_ptr, slopes_ptr, rng_ptr,
-    start, count, inner_start, inner_end, seqlen_q, seqlen_k, lse_head, first_head, first_sheet,
+    start, count, inner_start, inner_end, seqlen_q, seqlen_k, row_head, first_head, first_sheet,
     stride_qs, stride_qh, stride_qd, stride_ds, stride_dh, stride_dd, stride_bh, stride_bq, stride_bk, stride_ah,
     col, seen, first_col, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
     CUT: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    TMA_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`count` blocks of queries of each head of the group, one head after the other, in one loop.
 
     Tiles are transposed, (BLOCK_N, BLOCK_M). CUT: the sequence ends inside the block. Pointers are to the batch,
-    first_head and first_sheet to the group; lse_head is from one head to the next in lse2 and delta.
+    first_head and first_sheet to the group; row_head is from one head to the next in lse2 and delta.
     """
     lane = tl.arange(0, BLOCK_M)
     for step in tl.range(0, GROUP * count, num_stages=STAGES):
@@ -108,7 +126,6 @@ def _walk_queries(
         first = start + (step - member * count) * BLOCK_M
         head = first_head + member
         row = first + lane
-        there = row < seqlen_q
         q = walked_tile(
             q_ptr + head * stride_qh, q_desc, first, stride_qs, stride_qd,
             q_row + member * q_per_head, (head * q_col_head).to(tl.int32),
@@ -120,8 +137,9 @@ def _walk_queries(
             do_row + member * do_per_head, (head * do_col_head).to(tl.int32),
             seqlen_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, CUT, TMA,
         )  # fmt: skip
-        delta_ptrs = delta_ptr + member * lse_head + first + lane
-        delta = tl.load(delta_ptrs, mask=there, other=0.0) if CUT else tl.load(delta_ptrs)
+        delta = walked_row(
+            delta_ptr + member * row_head, row_desc, first, delta_row + member, seqlen_q, 0.0, BLOCK_M, CUT, TMA_ROWS
+        )  # fmt: skip
         # Before p: then dv's product runs while ds is computed.
         if DROPOUT:
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
@@ -130,15 +148,19 @@ def _walk_queries(
             dp = tl.dot(v, tl.trans(do), less_delta, input_precision=PRECISION)
         bias = 0.0
         if BIAS:
-            bias_ptrs = bias_ptr + head * stride_bh + tl.cast(first, tl.int64) * stride_bq
-            bias_ptrs = bias_ptrs + col.to(tl.int64)[:, None] * stride_bk + lane[None, :].to(tl.int64) * stride_bq
-            stored = (col < seqlen_k)[:, None]
-            bias = tl.load(bias_ptrs, mask=stored & there[None, :] if CUT else stored, other=0.0)
+            bias = bias_tile(
+                bias_ptr + head * stride_bh, bias_desc, first, first_col, bias_row + member * bias_per_head,
+                (head * bias_col_head).to(tl.int32), stride_bq, stride_bk, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N, CUT,
+                True, BIAS,
+            )  # fmt: skip
+            bias = tl.trans(bias)
         slope = 0.0
         if ALIBI:
             slope = tl.load(slopes_ptr + head * stride_ah)
-        lse2_ptrs = lse2_ptr + member * lse_head + first + lane
-        lse2 = tl.load(lse2_ptrs, mask=there, other=float("inf")) if CUT else tl.load(lse2_ptrs)
+        lse2 = walked_row(
+            lse2_ptr + member * row_head, row_desc, first, lse2_row + member, seqlen_q, float("inf"), BLOCK_M, CUT,
+            TMA_ROWS,
+        )  # fmt: skip
         p, cap_slope = weights(
             s, row[None, :], col[:, None], first_col, seen, lse2[None, :], shift, window_left, window_right, scale,
             softcap, slope, bias, False, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
@@ -165,9 +187,10 @@ def _walk_queries(
 @triton.jit
 def _keys_bwd_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, q_desc, q_per_batch, q_per_head, q_col_head,
-    do_desc, do_per_batch, do_per_head, do_col_head, dk_ptr, dv_ptr,
+    do_desc, do_per_batch, do_per_head, do_col_head,
+    row_desc, rows, bias_desc, bias_per_batch, bias_per_head, bias_col_head, dk_ptr, dv_ptr,
     stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
-    stride_vb, stride_vs, stride_vh, stride_vd, stride_db, stride_ds, stride_dh, stride_dd,
+    stride_vb, stride_vs, stride_vh, stride_vd, stride_db, stride_ds, stride_dh, stride_dd, stride_row,
     seqlen_q, seqlen_k, nheads_q, softmax_scale,
     bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
     stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
@@ -176,7 +199,7 @@ def _keys_bwd_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    VARLEN: tl.constexpr, USED: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+    VARLEN: tl.constexpr, USED: tl.constexpr, TMA: tl.constexpr, TMA_ROWS: tl.constexpr, EVEN: tl.constexpr,
     SHARED_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one KV head: its query heads one after the other."""
@@ -229,12 +252,15 @@ def _keys_bwd_kernel(
     )
     first_head = kv_head * GROUP
     first_sheet = batch * nheads_q + first_head
+    row_head = tl.cast(stride_row, tl.int64)
     if VARLEN:
-        lse_at, lse_head = first_head * total_q + first_q, tl.cast(total_q, tl.int64)
+        row_at = first_head * stride_row + first_q
     else:
-        lse_at, lse_head = first_sheet * seqlen_q, tl.cast(seqlen_q, tl.int64)
+        row_at = first_sheet * stride_row
+    lse2_row = first_sheet.to(tl.int32)
     q_row = (batch * q_per_batch + first_head * q_per_head).to(tl.int32)
     do_row = (batch * do_per_batch + first_head * do_per_head).to(tl.int32)
+    bias_row = (batch * bias_per_batch + first_head * bias_per_head).to(tl.int32)
     if VARLEN:
         q_row += first_q.to(tl.int32)
         do_row += first_q.to(tl.int32)
@@ -249,15 +275,16 @@ def _keys_bwd_kernel(
         dk, dv = _walk_queries(
             dk, dv, k, v, q_ptr + batch * stride_qb, do_ptr + batch * stride_db, q_desc, do_desc,
             q_row, q_per_head, q_col_head, do_row, do_per_head, do_col_head,
-            lse2_ptr + lse_at, delta_ptr + lse_at, bias_ptr + batch * stride_bb if BIAS else bias_ptr,
+            row_desc, lse2_row, lse2_row + rows, bias_desc, bias_row, bias_per_head, bias_col_head,
+            lse2_ptr + row_at, delta_ptr + row_at, bias_ptr + batch * stride_bb if BIAS else bias_ptr,
             slopes_ptr + batch * stride_ab if ALIBI else slopes_ptr, rng_ptr,
             first, tl.maximum(tl.cdiv(last - first, BLOCK_M if part == 0 else TAIL), 0), inner_start, inner_end,
-            seqlen_q, seqlen_k, lse_head, first_head, first_sheet,
+            seqlen_q, seqlen_k, row_head, first_head, first_sheet,
             stride_qs, stride_qh, stride_qd, stride_ds, stride_dh, stride_dd, stride_bh, stride_bq, stride_bk,
             stride_ah,
             col, seen, first_col, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
             part == 1, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
-            DROPOUT, PRECISION, TMA, BLOCK_M if part == 0 else TAIL, BLOCK_N, STAGES if part == 0 else 1,
+            DROPOUT, PRECISION, TMA, TMA_ROWS, BLOCK_M if part == 0 else TAIL, BLOCK_N, STAGES if part == 0 else 1,
         )  # fmt: skip
     if VARLEN:
         token = first_k
@@ -278,10 +305,10 @@ def _keys_bwd_kernel(
 
 @triton.jit
 def _walk_keys(
-    dq, q, do, lse2, delta, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs, dbias_ptrs,
-    there_row, key_mask_ptrs, rng_ptr,
-    start, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
-    slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
+    dq, q, do, lse2, delta, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col,
+    bias_base, bias_desc, bias_row, bias_col, dbias_ptrs, there_row, key_mask_ptrs, rng_ptr,
+    start, end, first_row, seqlen_q, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bq, stride_bk,
+    stride_mk, row, sheet, slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
     EDGE: tl.constexpr, CUT: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DBIAS: tl.constexpr,
@@ -299,8 +326,10 @@ def _walk_keys(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         bias = 0.0
         if BIAS:
-            bias_tile = bias_ptrs + ahead * stride_bk
-            bias = tl.load(bias_tile, mask=there[None, :], other=0.0) if CUT else tl.load(bias_tile)
+            bias = bias_tile(
+                bias_base, bias_desc, first_row, first, bias_row, bias_col, stride_bq, stride_bk, seqlen_q, seqlen_k,
+                BLOCK_M, BLOCK_N, CUT, CUT, BIAS,
+            )  # fmt: skip
         seen = there[None, :]
         if KEY_MASK:  # what is masked may hold anything
             key_seen = tl.load(key_mask_ptrs + ahead * stride_mk, mask=there, other=0) != 0
@@ -335,9 +364,10 @@ def _walk_keys(
 @triton.jit
 def _queries_bwd_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, k_desc, k_per_batch, k_per_head, k_col_head,
-    v_desc, v_per_batch, v_per_head, v_col_head, dq_ptr, dbias_ptr,
+    v_desc, v_per_batch, v_per_head, v_col_head,
+    bias_desc, bias_per_batch, bias_per_head, bias_col_head, dq_ptr, dbias_ptr,
     stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
-    stride_vb, stride_vs, stride_vh, stride_vd, stride_db, stride_ds, stride_dh, stride_dd,
+    stride_vb, stride_vs, stride_vh, stride_vd, stride_db, stride_ds, stride_dh, stride_dd, stride_row,
     seqlen_q, seqlen_k, nheads_q, softmax_scale, stride_gb, stride_gh, stride_gq,
     bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
     stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
@@ -388,9 +418,9 @@ def _queries_bwd_kernel(
         there[:, None], feature_v[None, :] < HEAD_DIM_V, False, HEAD_DIM_V != BLOCK_DV,
     )  # fmt: skip
     if VARLEN:
-        row_at = head * total_q + first_q
+        row_at = head * stride_row + first_q
     else:
-        row_at = sheet * seqlen_q
+        row_at = sheet * stride_row
     lse2 = tl.load(lse2_ptr + row_at + row_read)
     delta = tl.load(delta_ptr + row_at + row_read)
     k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
@@ -400,10 +430,11 @@ def _queries_bwd_kernel(
     if VARLEN:
         k_row += first_k.to(tl.int32)
         v_row += first_k.to(tl.int32)
-    bias_ptrs = bias_ptr
+    bias_base = bias_ptr
     if BIAS:
-        bias_ptrs = bias_ptr + batch * stride_bb + head * stride_bh
-        bias_ptrs = bias_ptrs + row_read[:, None] * stride_bq + lane[None, :] * stride_bk
+        bias_base = bias_ptr + batch * stride_bb + head * stride_bh
+    bias_row = (batch * bias_per_batch + head * bias_per_head).to(tl.int32)
+    bias_col = (head * bias_col_head).to(tl.int32)
     dbias_ptrs = dbias_ptr
     if DBIAS:
         dbias_ptrs = dbias_ptr + batch * stride_gb + head * stride_gh
@@ -425,9 +456,10 @@ def _queries_bwd_kernel(
         if part != 2 or LEFT or RIGHT:
             first, last = part_of(part, start, inner_start, inner_end, whole_end, end)
             dq = _walk_keys(
-                dq, q, do, lse2, delta, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
-                dbias_ptrs, there, key_mask_ptrs, rng_ptr,
-                first, last, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
+                dq, q, do, lse2, delta, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_base,
+                bias_desc, bias_row, bias_col, dbias_ptrs, there, key_mask_ptrs, rng_ptr,
+                first, last, first_row, seqlen_q, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bq,
+                stride_bk, stride_mk, row, sheet,
                 slope, shift, window_left, window_right, scale, softcap, threshold, kept_scale,
                 part != 1, part == 3, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS,
                 KEY_MASK, DROPOUT, PRECISION, DBIAS, TMA, BLOCK_M, BLOCK_N, STAGES,
@@ -480,8 +512,8 @@ def run(
         torch.zeros(x.shape if needed else 0, dtype=x.dtype, device=x.device) if x is not None else q.new_empty(0)
         for x, needed in ((attn_bias, need_dbias), (attn_sink, need_dsink))
     )
-    delta, lse2, sink_part = _delta_of(problem, do, dlse, out, lse, need_dsink and attn_sink is not None)
-    held = (do, lse2, delta)
+    rows, sink_part = _rows_of(problem, do, dlse, out, lse, need_dsink and attn_sink is not None)
+    held = (do, rows)
     if dk.numel() or dv.numel():
         _launch_keys(problem, held, dk, dv, backward_keys_config(problem))
     need_dbias = need_dbias and dbias.numel() > 0 and q.numel() > 0 and k.numel() > 0
@@ -498,14 +530,15 @@ def run(
     return dq, dk, dv, dbias, dsink
 
 
-def _delta_of(
+def _rows_of(
     problem: Problem, do: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, need_dsink: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """delta, lse in log2 units, and what each query adds to dsink; (batch, nheads_q, seqlen_q)."""
+) -> tuple[Tensor, Tensor | None]:
+    """lse in log2 units and delta, as Held says; what each query adds to dsink, (batch, nheads_q, seqlen_q)."""
     batch, seqlen_q, nheads_q, _ = problem.q.shape
     head_dim_v = problem.v.shape[3]
     lse = lse.contiguous()
-    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
+    length = triton.cdiv(lse.shape[2], ROW_MULTIPLE) * ROW_MULTIPLE
+    rows = torch.empty((2, *lse.shape[:2], length), dtype=torch.float32, device=lse.device)
     sink_part = torch.empty_like(lse) if need_dsink else None
     block_m = 64 if head_dim_v <= 128 else 32
     programs = batch * nheads_q * triton.cdiv(seqlen_q, block_m)
@@ -516,7 +549,7 @@ def _delta_of(
             (
                 do, out, lse, None if dlse is None else dlse.contiguous(),
                 problem.attn_sink.contiguous() if need_dsink and problem.attn_sink is not None else None,
-                delta, lse2, sink_part, *do.stride(), *out.stride(), seqlen_q, nheads_q,
+                rows[1], rows[0], sink_part, *do.stride(), *out.stride(), length, seqlen_q, nheads_q,
             ),
             {
                 "HEAD_DIM_V": head_dim_v,
@@ -528,33 +561,50 @@ def _delta_of(
             },
             num_warps=4,
         )  # fmt: skip
-    return delta, lse2, sink_part
+    return rows, sink_part
 
 
-def _walked(config: BackwardConfig, *tensors: tuple[Tensor, int]) -> tuple[bool, list[Any]]:
-    """Whether tensors go by TMA, all or none, and the kernel's arguments for that."""
+def _walked(
+    problem: Problem, config: BackwardConfig, *tensors: tuple[Tensor, int]
+) -> tuple[dict[str, Any], list[Walked]]:
+    """The kernel's constants, and what goes by TMA: the tensors, all or none, and last the bias."""
     found = [walked(x, block) for x, block in tensors]
     tma = config.tma and all(one.descriptor is not None for one in found)
-    return tma, [argument for one in found for argument in (one if tma else BY_POINTERS).arguments]
+    bias = walked_bias(problem, config.block_m, config.block_n) if config.tma_bias else BY_POINTERS
+    found = [*(found if tma else [BY_POINTERS] * len(found)), bias]
+    constants = {**problem.backward_constants(), "TMA": tma}
+    if bias.descriptor is not None:
+        constants["BIAS"] = BIAS_BY_TMA.value
+    return constants, found
+
+
+def _arguments(found: Sequence[Walked]) -> list[Any]:
+    return [argument for one in found for argument in one.arguments]
 
 
 def _launch_keys(problem: Problem, held: Held, dk: Tensor, dv: Tensor, config: BackwardConfig) -> None:
     seqlen_q, seqlen_k, nheads_q, nheads_kv = problem.seqlen_q, problem.seqlen_k, problem.q.shape[2], problem.k.shape[2]
     # Else the last block reaches into the next sequence.
     even = problem.even_queries(config.block_m)
-    tma, descriptors = _walked(config, (problem.q, config.block_m), (held[0], config.block_m))
+    do, rows = held
+    constants, (*descriptors, bias) = _walked(problem, config, (problem.q, config.block_m), (do, config.block_m))
+    # A sequence may begin between the multiples of 16 bytes that TMA reads from.
+    tma_rows = constants["TMA"] and config.tma_rows and problem.packed is None
+    of_rows = walked_rows(rows, config.block_m) if tma_rows else None
     if not (programs := problem.batch * nheads_kv * triton.cdiv(seqlen_k, config.block_n)):
         return
     _keys_bwd.launch(
         (programs, 1, 1),
         problem.q.device,
         (
-            *tensors_of(problem, held, *descriptors, dk, dv),
+            *tensors_of(
+                problem, held, *_arguments(descriptors), of_rows, rows.shape[1] * rows.shape[2], *bias.arguments, dk, dv
+            ),
             seqlen_q, seqlen_k, nheads_q, problem.softmax_scale, *problem.options(),
         ),
-        problem.backward_constants()
+        constants
         | {
-            "TMA": tma,
+            "TMA_ROWS": tma_rows,
             "EVEN": even,
             "SHARED_BIAS": problem.attn_bias is not None and problem.attn_bias.shape[0] == 1 and problem.batch > 1,
             "BLOCK_M": config.block_m,
@@ -569,18 +619,17 @@ def _launch_queries(problem: Problem, held: Held, dq: Tensor, dbias: Tensor | No
     seqlen_q, seqlen_k, nheads_q = problem.seqlen_q, problem.seqlen_k, problem.q.shape[2]
     if not (programs := problem.batch * nheads_q * triton.cdiv(seqlen_q, config.block_m)):
         return
-    tma, descriptors = _walked(config, (problem.k, config.block_n), (problem.v, config.block_n))
+    constants, descriptors = _walked(problem, config, (problem.k, config.block_n), (problem.v, config.block_n))
     _queries_bwd.launch(
         (programs, 1, 1),
         problem.q.device,
         (
-            *tensors_of(problem, held, *descriptors, dq, dbias),
+            *tensors_of(problem, held, *_arguments(descriptors), dq, dbias),
             seqlen_q, seqlen_k, nheads_q, problem.softmax_scale,
             *((0, 0, 0) if dbias is None else dbias.stride()[:3]), *problem.options(),
         ),
-        problem.backward_constants()
+        constants
         | {
-            "TMA": tma,
             "EVEN": problem.even_keys(config.block_n),
             "DBIAS": dbias is not None,
             "BLOCK_M": config.block_m,

@@ -16,7 +16,7 @@ from onepass.ops.attention.triton.tile import kept, load_tile, sequence_of, weig
 def _bias_bwd_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dbias_ptr,
     stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
-    stride_vb, stride_vs, stride_vh, stride_vd, stride_db, stride_ds, stride_dh, stride_dd,
+    stride_vb, stride_vs, stride_vh, stride_vd, stride_db, stride_ds, stride_dh, stride_dd, stride_row,
     batch_size, seqlen_q, seqlen_k, nheads_q, stride_gb, stride_gh, stride_gq,
     bias_ptr, slopes_ptr, key_mask_ptr, rng_ptr,
     stride_bb, stride_bh, stride_bq, stride_bk, stride_ab, stride_ah, stride_mb, stride_mk,
@@ -83,10 +83,10 @@ def _bias_bwd_kernel(
                 v_base += first_k * stride_vs
                 if KEY_MASK:
                     key_mask_base += first_k * stride_mk
-                row_at = head * total_q + first_q
+                row_at = head * stride_row + first_q
             else:
                 rows, cols, offset, end_block_m, end_block_n = seqlen_q, seqlen_k, shift, last_block_m, last_block_n
-                row_at = sheet * seqlen_q
+                row_at = sheet * stride_row
             for block_m in range(first_block_m, end_block_m):
                 row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
                 row_there = row < rows

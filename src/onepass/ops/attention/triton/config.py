@@ -48,6 +48,8 @@ class BackwardConfig:
     num_warps: int
     num_stages: int
     tma: bool = True  # where it can be
+    tma_bias: bool = True
+    tma_rows: bool = False  # lse and delta of walked queries, too: fewer registers, where they spill
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,12 @@ def _width(q: Tensor, head_dim_v: int) -> int:
 _FORWARD: Mapping[_Key, ForwardConfig] = {
     ("hopper", 64): ForwardConfig(64, 64, 4, 3),  # 542 and 459 TFLOP/s; with a bias 353
     ("hopper", 64, "careful"): ForwardConfig(64, 128, 4, 2),  # by maxima, without options: 481 and 419
+    ("hopper", 64, "bias and dropout"): ForwardConfig(64, 64, 4, 2),
     ("hopper", 128): ForwardConfig(64, 64, 4, 3),  # 599 and 515
     ("hopper", 128, "dropout"): ForwardConfig(64, 64, 4, 2),  # causal 234, with 3 stages 204
-    ("hopper", 128, "bias"): ForwardConfig(128, 64, 8, 4),  # 450
+    ("hopper", 128, "bias and dropout"): ForwardConfig(64, 64, 4, 2),
+    ("hopper", 128, "bias by pointers"): ForwardConfig(128, 32, 8, 3),
+    ("hopper", 128, "bias"): ForwardConfig(128, 64, 8, 3),  # 465
     ("hopper", 256): ForwardConfig(128, 64, 8, 2),  # 544 and 460
     ("ampere", 64): ForwardConfig(64, 64, 4, 3),
     ("ampere", 64, "bias and dropout"): ForwardConfig(64, 32, 4, 3),
@@ -109,13 +114,19 @@ _FORWARD_FP32 = {64: ForwardConfig(64, 32, 8, 1), 128: ForwardConfig(32, 32, 8, 
 # For dk and dv: keys are held, queries walked.
 _BACKWARD_KEYS: Mapping[_Key, BackwardConfig] = {
     ("hopper", 64): BackwardConfig(64, 64, 4, 2),  # 1.86 and 1.03 ms
-    ("hopper", 64, "bias"): BackwardConfig(32, 64, 4, 2),  # 4.32 ms
     ("hopper", 128): BackwardConfig(64, 64, 4, 2),  # 1.63 and 0.89 ms
-    ("hopper", 128, "bias"): BackwardConfig(32, 64, 4, 2),  # 2.87 ms
-    ("hopper", 128, "dropout"): BackwardConfig(32, 64, 4, 2),  # causal 2.35 ms, with queries of 64 2.46
+    ("hopper", 64, "bias by pointers"): BackwardConfig(32, 64, 4, 2),  # 4.07 ms
+    ("hopper", 128, "bias by pointers"): BackwardConfig(32, 64, 4, 2),  # 2.87 ms
+    ("hopper", 128, "bias and dropout"): BackwardConfig(32, 64, 4, 2, tma_rows=True),
+    ("hopper", 128, "bias"): BackwardConfig(64, 64, 4, 2, tma_rows=True),  # 1.94 ms
+    ("hopper", 128, "dropout"): BackwardConfig(32, 64, 4, 2, tma_rows=True),  # causal 2.41 ms
+    ("hopper", 128, "masked keys"): BackwardConfig(64, 64, 4, 2),  # 1.82 ms, with tma_rows 1.88
+    ("hopper", 128, "scores"): BackwardConfig(64, 64, 4, 2, tma_rows=True),  # causal softcap 1.30 ms, ALiBi 1.01
     ("hopper", 256): BackwardConfig(64, 64, 8, 2),  # 3.35 and 2.10 ms
+    ("hopper", 256, "bias and dropout"): BackwardConfig(64, 32, 8, 2, tma_bias=False),  # 8.34 ms, with keys of 64 9.05
+    ("hopper", 256, "bias"): BackwardConfig(64, 64, 8, 2, tma_bias=False),  # 3.89 ms, by TMA 4.57
     ("hopper", 256, "dropout"): BackwardConfig(32, 64, 8, 2),  # causal 3.66 ms, with queries of 64 3.70
-    ("hopper", 256, "bias and dropout"): BackwardConfig(64, 32, 8, 2),  # 8.34 ms, with keys of 64 9.05
+    ("hopper", 256, "scores"): BackwardConfig(64, 64, 8, 2, tma_rows=True),
     ("ampere", 64): BackwardConfig(32, 64, 4, 2),
     ("ampere", 64, "packed"): BackwardConfig(32, 64, 8, 1),
     ("ampere", 64, "bias and dropout"): BackwardConfig(32, 32, 4, 2),
@@ -131,9 +142,10 @@ _BACKWARD_KEYS: Mapping[_Key, BackwardConfig] = {
 # For dq: queries are held, keys walked.
 _BACKWARD_QUERIES: Mapping[_Key, BackwardConfig] = {
     ("hopper", 64): BackwardConfig(64, 64, 4, 3),  # 1.31 and 0.72 ms
-    ("hopper", 64, "bias"): BackwardConfig(64, 32, 4, 3),  # 2.28 ms, with keys of 64 2.38
+    ("hopper", 64, "bias by pointers"): BackwardConfig(64, 32, 4, 3),  # 2.32 ms
+    ("hopper", 64, "bias and dropout"): BackwardConfig(64, 64, 4, 3),  # 4.55 ms
+    ("hopper", 64, "bias"): BackwardConfig(128, 64, 8, 2),  # 2.19 ms, with queries of 64 2.37
     ("hopper", 128): BackwardConfig(64, 64, 4, 2),  # 1.32 and 0.76 ms
-    ("hopper", 128, "bias and dropout"): BackwardConfig(64, 32, 4, 2),  # 3.90 ms, with keys of 64 5.58
     ("hopper", 256): BackwardConfig(128, 32, 8, 2),  # 1.87 and 1.08 ms
     ("ampere", 64): BackwardConfig(64, 64, 4, 2),
     ("ampere", 64, "bias and dropout"): BackwardConfig(32, 64, 4, 2),
@@ -188,6 +200,8 @@ def _chosen(table: Mapping[_Key, _Config], of_fp32: Mapping[int, _Config], probl
 def _needs(problem: Problem) -> Iterator[str]:
     """What of a call may need a configuration of its own, the most demanding first."""
     bias, dropout = problem.attn_bias is not None, problem.dropout_p > 0
+    if bias and problem.bias_for_tma() is None:
+        yield "bias by pointers"
     if bias and dropout:
         yield "bias and dropout"
     if bias:
@@ -196,6 +210,8 @@ def _needs(problem: Problem) -> Iterator[str]:
         yield "dropout"
     if problem.packed is not None:
         yield "packed"
+    if problem.key_mask is not None:
+        yield "masked keys"
     if bias or dropout or problem.softcap != 0 or problem.alibi_slopes is not None or problem.key_mask is not None:
         yield "scores"  # every score takes more instructions
     elif not problem.lazy:

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from onepass.core.triton_backend import Launcher, multiprocessors
 from onepass.ops.attention.triton.config import ForwardConfig, Schedule, forward_config
-from onepass.ops.attention.triton.problem import BY_POINTERS, Problem, walked
+from onepass.ops.attention.triton.problem import BY_POINTERS, Problem, walked, walked_bias
 from onepass.ops.attention.triton.tile import (
+    BIAS_BY_TMA,
     LN_2,
     LOG2_E,
     adjusted_scores,
+    bias_tile,
     is_a_guide,
     kept,
     load_tile,
@@ -43,9 +45,11 @@ from onepass.ops.attention.triton.tile import (
 
 @triton.jit
 def _attend(
-    q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
+    q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col,
+    bias_base, bias_desc, bias_row, bias_col,
     key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,
-    start, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
+    start, end, first_row, seqlen_q, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bq, stride_bk,
+    stride_mk, row, sheet,
     slope, shift, window_left, window_right, scale, softcap, threshold,
     EDGE: tl.constexpr, CUT: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
@@ -84,8 +88,10 @@ def _attend(
         if not PLAIN:
             bias = 0.0
             if BIAS:
-                bias_tile = bias_ptrs + ahead * stride_bk
-                bias = tl.load(bias_tile, mask=(col < seqlen_k)[None, :], other=0.0) if CUT else tl.load(bias_tile)
+                bias = bias_tile(
+                    bias_base, bias_desc, first_row, first, bias_row, bias_col, stride_bq, stride_bk, seqlen_q,
+                    seqlen_k, BLOCK_M, BLOCK_N, CUT, CUT, BIAS,
+                )  # fmt: skip
             s, _ = adjusted_scores(
                 s, row[:, None], col[None, :], first, shift, scale, softcap, slope, bias, SOFTCAP, ALIBI, BIAS
             )
@@ -101,7 +107,7 @@ def _attend(
             p = tl.exp2(s * unit - top[:, None])
             parts += tl.sum(tl.reshape(p, (BLOCK_M, BLOCK_N // 8, 8)), 1)
         else:
-            p, correction, largest, total = softmax_step(s, unit, largest, total, 1, BIAS)
+            p, correction, largest, total = softmax_step(s, unit, largest, total, 1, BIAS != 0)
             acc = acc * correction[:, None]
         if DROPOUT:
             p = tl.where(kept(rng_ptr, threshold, sheet, row, first, BLOCK_M, BLOCK_N, False), p, 0.0)
@@ -126,7 +132,7 @@ def _attend(
 def _tile(
     tile,
     q_ptr, k_ptr, v_ptr, k_desc, k_per_batch, k_per_head, k_col_head, v_desc, v_per_batch, v_per_head, v_col_head,
-    out_ptr, lse_ptr, sink_ptr,
+    bias_desc, bias_per_batch, bias_per_head, bias_col_head, out_ptr, lse_ptr, sink_ptr,
     stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
     stride_vb, stride_vs, stride_vh, stride_vd,
     seqlen_q, seqlen_k, nheads_q, sign,
@@ -189,10 +195,10 @@ def _tile(
     if VARLEN:
         k_row += first_k.to(tl.int32)
         v_row += first_k.to(tl.int32)
-    bias_ptrs = bias_ptr
+    bias_base = bias_ptr
     if BIAS:
-        bias_ptrs = bias_ptr + batch * stride_bb + head.to(tl.int64) * stride_bh
-        bias_ptrs = bias_ptrs + row_read[:, None] * stride_bq + lane[None, :].to(tl.int64) * stride_bk
+        bias_base = bias_ptr + batch * stride_bb + head.to(tl.int64) * stride_bh
+    bias_row, bias_col = (batch * bias_per_batch + head * bias_per_head).to(tl.int32), head * bias_col_head
     key_mask_ptrs = key_mask_ptr
     if KEY_MASK:
         key_mask_ptrs = key_mask_ptr + batch * stride_mb + lane.to(tl.int64) * stride_mk
@@ -215,7 +221,7 @@ def _tile(
         k = tl.load(k_ptrs, mask=some & (feature < HEAD_DIM), other=0.0)
         largest = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scale
         if BIAS:
-            column = bias_ptr + batch * stride_bb + head.to(tl.int64) * stride_bh + guide * stride_bk
+            column = bias_base + guide * stride_bk
             largest += tl.load(column + row_read * stride_bq, mask=some, other=0.0).to(tl.float32)
         guided = some & is_a_guide(largest)
         lazy_end = tl.where(guided, inner_end, inner_start)
@@ -224,10 +230,12 @@ def _tile(
         if part != 2 or LEFT or RIGHT:
             first, last = part_of(part, start, inner_start, lazy_end, whole_end, end)
             acc, largest, total = _attend(
-                q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
-                key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,
-                first, last, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
-                slope, shift, window_left, window_right, scale, softcap, threshold,
+                q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_base,
+                bias_desc, bias_row, bias_col, key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp,
+                stride_vp,
+                first, last, first_row, seqlen_q, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bq,
+                stride_bk, stride_mk, row, sheet, slope, shift, window_left, window_right, scale, softcap,
+                threshold,
                 part != 1, part == 3, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS,
                 KEY_MASK, DROPOUT, PRECISION, PAGED, TMA, LAZY and part == 1, BLOCK_M, BLOCK_N, STAGES,
             )  # fmt: skip
@@ -238,10 +246,12 @@ def _tile(
         if again:  # by maxima
             acc, largest, total = nothing_seen(BLOCK_M, BLOCK_DV)
             acc, largest, total = _attend(
-                q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_ptrs,
-                key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp, stride_vp,
-                start, end, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bk, stride_mk, row, sheet,
-                slope, shift, window_left, window_right, scale, softcap, threshold,
+                q, acc, largest, total, k_base, v_base, k_desc, v_desc, k_row, k_col, v_row, v_col, bias_base,
+                bias_desc, bias_row, bias_col, key_mask_ptrs, rng_ptr, page_table_ptrs, page_size, pages, stride_kp,
+                stride_vp,
+                start, end, first_row, seqlen_q, seqlen_k, stride_ks, stride_kd, stride_vs, stride_vd, stride_bq,
+                stride_bk, stride_mk, row, sheet, slope, shift, window_left, window_right, scale, softcap,
+                threshold,
                 True, not EVEN, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS,
                 KEY_MASK, DROPOUT, PRECISION, PAGED, TMA, False, BLOCK_M, BLOCK_N, STAGES,
             )  # fmt: skip
@@ -281,7 +291,7 @@ def _past_the_end(tile, cu_q_ptr, longest_q, nheads_q, RIGHT: tl.constexpr, BLOC
 @triton.jit
 def _fwd_kernel(
     q_ptr, k_ptr, v_ptr, k_desc, k_per_batch, k_per_head, k_col_head, v_desc, v_per_batch, v_per_head, v_col_head,
-    out_ptr, lse_ptr, sink_ptr, counter_ptr,
+    bias_desc, bias_per_batch, bias_per_head, bias_col_head, out_ptr, lse_ptr, sink_ptr, counter_ptr,
     stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
     stride_vb, stride_vs, stride_vh, stride_vd,
     seqlen_q, seqlen_k, nheads_q, sign, tiles,
@@ -307,7 +317,8 @@ def _fwd_kernel(
                 return
         _tile(
             tile, q_ptr, k_ptr, v_ptr, k_desc, k_per_batch, k_per_head, k_col_head,
-            v_desc, v_per_batch, v_per_head, v_col_head, out_ptr, lse_ptr, sink_ptr,
+            v_desc, v_per_batch, v_per_head, v_col_head,
+            bias_desc, bias_per_batch, bias_per_head, bias_col_head, out_ptr, lse_ptr, sink_ptr,
             stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
             stride_vb, stride_vs, stride_vh, stride_vd, seqlen_q, seqlen_k, nheads_q, sign,
             page_table_ptr, max_pages, page_size, pages, stride_kp, stride_vp,
@@ -322,7 +333,8 @@ def _fwd_kernel(
         while tile < tiles:
             _tile(
                 tile, q_ptr, k_ptr, v_ptr, k_desc, k_per_batch, k_per_head, k_col_head,
-                v_desc, v_per_batch, v_per_head, v_col_head, out_ptr, lse_ptr, sink_ptr,
+                v_desc, v_per_batch, v_per_head, v_col_head,
+                bias_desc, bias_per_batch, bias_per_head, bias_col_head, out_ptr, lse_ptr, sink_ptr,
                 stride_qb, stride_qs, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
                 stride_vb, stride_vs, stride_vh, stride_vd, seqlen_q, seqlen_k, nheads_q, sign,
                 page_table_ptr, max_pages, page_size, pages, stride_kp, stride_vp,
@@ -374,16 +386,18 @@ def run(problem: Problem, config: ForwardConfig) -> tuple[Tensor, Tensor]:
     tma = config.tma and not problem.paged and walked_k.descriptor is not None and walked_v.descriptor is not None
     if not tma:
         walked_k = walked_v = BY_POINTERS
+    bias = walked_bias(problem, config.block_m, config.block_n) if config.tma else BY_POINTERS
     _fwd.launch(
         (programs, 1, 1),
         q.device,
         (
-            q, k, v, *walked_k.arguments, *walked_v.arguments, out, lse,
+            q, k, v, *walked_k.arguments, *walked_v.arguments, *bias.arguments, out, lse,
             None if sink is None else sink.contiguous(), counter,
             *problem.strides(q), *problem.strides(k), *problem.strides(v),
             seqlen_q, problem.seqlen_k, nheads_q, sign, tiles, *_pages(problem), *problem.options(scale),
         ),
         problem.constants()
+        | ({"BIAS": BIAS_BY_TMA.value} if bias.descriptor is not None else {})
         | {
             "PAGED": problem.paged,
             "TMA": tma,

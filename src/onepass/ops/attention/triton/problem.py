@@ -114,6 +114,14 @@ class Problem:
         bias = self.attn_bias
         return bias is not None and all(has >= size for has, size in zip(bias.shape, sizes, strict=True))
 
+    def bias_for_tma(self) -> Tensor | None:
+        """The bias as (batch, seqlen_q, nheads_q, seqlen_k), if TMA can read tiles of it and that pays."""
+        bias = self.attn_bias
+        if bias is None or bias.shape[2] < TMA_SEQLEN or 1 in bias.shape[2:]:
+            return None
+        bias = bias.expand(self.batch, self.q.shape[2], -1, -1).transpose(1, 2)
+        return bias if _lies_for_tma(bias) else None
+
     def strides(self, x: Tensor) -> tuple[int, ...]:
         """Of q, k, v, or what has their shape: sequences that are packed lie where cu_seqlens says, pages anywhere."""
         return x.stride() if self.packed is None else (0, *x.stride()[1:])
@@ -209,35 +217,57 @@ class Walked:
 BY_POINTERS = Walked(None)
 
 
-def walked(x: Tensor, block: int) -> Walked:
-    """x (batch, seqlen, nheads, head_dim) for TMA where the GPU has it, the strides allow it and it pays.
+def _lies_for_tma(x: Tensor) -> bool:
+    """Whether the GPU has TMA, and the rows and heads of x (batch, seqlen, nheads, n) begin where it can read."""
+    batch, _, nheads, n = x.shape
+    stride_b, stride_s, stride_h, stride_n = x.stride()
+    if not is_hopper_or_newer(device.arch(x)) or x.dtype is torch.float32 or stride_n != 1 or stride_s < n:
+        return False
+    if stride_s * x.itemsize % 16 or (batch > 1 and stride_b % stride_s) or not aligned(x.data_ptr()):
+        return False
+    if nheads == 1:
+        return True
+    if stride_h >= stride_s:
+        return stride_h % stride_s == 0
+    return stride_h * x.itemsize % 16 == 0 and (nheads - 1) * stride_h + n <= stride_s
+
+
+def walked(x: Tensor, block: int, width: int = 0) -> Walked:
+    """x (batch, seqlen, nheads, n) for TMA where it can be and pays: `block` tokens at a time, `width` numbers of each;
+    0 for all.
 
     A descriptor costs some 10 us of host time, which only a long sequence hides.
     """
-    batch, seqlen, nheads, head_dim = x.shape
-    stride_b, stride_s, stride_h, stride_d = x.stride()
-    if not is_hopper_or_newer(device.arch(x)) or seqlen < TMA_SEQLEN or head_dim != block_of(head_dim) or stride_d != 1:
-        return BY_POINTERS
-    heads_in_row = stride_h < stride_s
-    if (
-        x.dtype is torch.float32
-        or stride_s < head_dim
-        or stride_s * x.itemsize % 16
-        or stride_b % stride_s
-        or (stride_h % stride_s if not heads_in_row else (nheads - 1) * stride_h + head_dim > stride_s)
-        or not aligned(x.data_ptr())
-    ):
+    batch, seqlen, nheads, n = x.shape
+    stride_b, stride_s, stride_h, _ = x.stride()
+    width = width or n
+    if seqlen < TMA_SEQLEN or width != block_of(width) or not _lies_for_tma(x):
         return BY_POINTERS
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    heads_in_row = nheads > 1 and stride_h < stride_s
     per_batch, per_head = stride_b // stride_s if batch > 1 else 0, 0 if heads_in_row else stride_h // stride_s
     cols_per_head = stride_h if heads_in_row else 0
     rows = (batch - 1) * per_batch + (nheads - 1) * per_head + seqlen
-    cols = (nheads - 1) * cols_per_head + head_dim
+    cols = (nheads - 1) * cols_per_head + n
     if rows >= 2**31:
         return BY_POINTERS
-    matrix = TensorDescriptor(x, [rows, cols], [stride_s, 1], [block, head_dim])
+    matrix = TensorDescriptor(x, [rows, cols], [stride_s, 1], [block, width])
     return Walked(matrix, per_batch, per_head, cols_per_head)
+
+
+def walked_rows(rows: Tensor, block: int) -> Any:
+    """A descriptor of the rows of (..., seqlen) in fp32, one after the other, `block` numbers at a time."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    length = rows.shape[-1]
+    return TensorDescriptor(rows, [rows.numel() // length, length], [length, 1], [1, block])
+
+
+def walked_bias(problem: Problem, block_m: int, block_n: int) -> Walked:
+    """The bias by TMA, block_m queries and block_n keys at a time."""
+    bias = problem.bias_for_tma()
+    return BY_POINTERS if bias is None else walked(bias, block_m, block_n)
 
 
 def _broadcast_strides(bias: Tensor) -> list[int]:
@@ -252,11 +282,13 @@ def as_words(cache: Tensor, groups: int = 1) -> Tensor | None:
     return None if last != 1 or any(number % 2 for number in numbers) else cache.view(torch.int16)
 
 
-Held = tuple[Tensor, Tensor, Tensor]  # do, lse in log2 units, delta
+ROW_MULTIPLE = 4  # numbers of fp32 in the 16 bytes that TMA wants between rows
+Held = tuple[Tensor, Tensor]  # do; lse in log2 units and delta, (2, batch, nheads_q, seqlen_q or a little more)
 
 
 def tensors_of(problem: Problem, held: Held, *outputs: Any) -> tuple[Any, ...]:
-    """The tensors of a kernel of the backward, then the strides of those that have any."""
-    do, lse2, delta = held
+    """The tensors of a kernel of the backward, then their strides; of lse and delta from row to row."""
+    do, rows = held
     q, k, v = problem.q, problem.k, problem.v
-    return q, k, v, do, lse2, delta, *outputs, *(stride for x in (q, k, v, do) for stride in problem.strides(x))
+    strides = (stride for x in (q, k, v, do) for stride in problem.strides(x))
+    return q, k, v, do, *rows, *outputs, *strides, rows.stride(2)

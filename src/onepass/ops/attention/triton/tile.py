@@ -8,7 +8,7 @@ forward with a bias has maxima in natural units.
 import triton
 import triton.language as tl
 
-from onepass.core.triton_functions import tanh
+from onepass.core.triton_functions import tanh, widened
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -21,6 +21,7 @@ LEAST_WEIGHT: tl.constexpr = tl.constexpr(0.5)
 MOST_WEIGHT: tl.constexpr = tl.constexpr(2.0**80)
 # Of ALIBI: no query sees a key ahead of it, so that |i + shift - j| is a number of the row less one of the column.
 ALIBI_BEHIND: tl.constexpr = tl.constexpr(2)
+BIAS_BY_TMA: tl.constexpr = tl.constexpr(2)  # of BIAS: there is a descriptor
 
 
 @triton.jit
@@ -54,6 +55,36 @@ def walked_tile(
         offsets = token.to(tl.int64) * stride_s + feature.to(tl.int64) * stride_d
         ptrs = base + tl.cast(first, tl.int64) * stride_s + offsets
         return load_tile(ptrs, first + token < length, feature < SIZE, EDGE, SIZE != BLOCK_D)
+
+
+@triton.jit
+def walked_row(ptr, desc, first, desc_row, length, other, TOKENS: tl.constexpr, EDGE: tl.constexpr, TMA: tl.constexpr):
+    """One number of each of TOKENS tokens from `first` on; `other` past the `length` of an EDGE tile."""
+    if TMA and not EDGE:
+        return tl.reshape(desc.load([desc_row, first]), (TOKENS,))
+    else:
+        lane = tl.arange(0, TOKENS)
+        ptrs = ptr + first + lane
+        return tl.load(ptrs, mask=first + lane < length, other=other) if EDGE else tl.load(ptrs)
+
+
+@triton.jit
+def bias_tile(
+    base, desc, first_row, first_col, desc_row, desc_col, stride_q, stride_k, seqlen_q, seqlen_k,
+    ROWS: tl.constexpr, COLS: tl.constexpr, EDGE: tl.constexpr, CHECK_COLS: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """The bias (ROWS, COLS) of some queries and keys of a head, which begins at `base`, or in the descriptor's matrix.
+
+    Queries past the last have the last one's bias, or one of another head. CHECK_COLS: some keys may not exist, and
+    have 0 or a neighbour's. EDGE: no descriptor.
+    """
+    if BIAS == BIAS_BY_TMA and not EDGE:
+        return desc.load([desc_row + first_row, desc_col + first_col])
+    else:
+        row = tl.minimum(first_row + tl.arange(0, ROWS), seqlen_q - 1)[:, None]
+        col = first_col + tl.arange(0, COLS)[None, :]
+        ptrs = base + row.to(tl.int64) * stride_q + col.to(tl.int64) * stride_k
+        return tl.load(ptrs, mask=col < seqlen_k, other=0.0) if CHECK_COLS else tl.load(ptrs)
 
 
 @triton.constexpr_function
@@ -217,7 +248,9 @@ def adjusted_scores(
         s += slope * (col - near).to(tl.float32)
     elif ALIBI:
         s -= slope * tl.abs((row + shift - near).to(tl.float32) - (col - near).to(tl.float32))
-    if BIAS:
+    if BIAS == BIAS_BY_TMA:
+        s += widened(bias)
+    elif BIAS:
         s += bias.to(tl.float32)
     return s, cap_slope
 
