@@ -71,7 +71,8 @@ def test_a_group_is_measured_by_what_its_calls_return(processes, monkeypatch):
     processes.clear()
     row = run.run_case(first_call.GROUP, cases[1], run.Settings())
     assert row["bars"] == {}
-    assert len(set(processes)) == 2  # one for each provider
+    assert set(row["samples"]) == {"onepass-triton"}
+    assert len(set(processes)) == 1
 
 
 def test_a_process_that_fails_is_told(monkeypatch):

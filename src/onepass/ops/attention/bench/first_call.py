@@ -1,8 +1,8 @@
 """What the first call of a process on a GPU takes where nothing is compiled yet, and with warm caches on the disk.
 
-Each call is a new process with its own folder for what Triton and torch.compile keep; it loads PyTorch (for a peer
-torch.compile, too, which makes it look a little quicker) and makes its inputs before its clock starts, and waits for
-the GPU before the clock stops.
+Each call is a new process with its own folder for what Triton and torch.compile keep; before its clock starts it loads
+PyTorch (for a peer torch.compile, too, which makes it look a little quicker), what PyTorch's autograd loads when it is
+used first, and makes its inputs; a backward's are those of a forward. It waits for the GPU before the clock stops.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 import onepass
 from onepass.bench import problems
-from onepass.bench.problems import BOTH, FORWARD, first_line
+from onepass.bench.problems import BACKWARD, FORWARD, first_line
 from onepass.bench.registry import Case, Group, Prepared, SkippedError
 from onepass.ops.attention.bench import contenders, decode
 from onepass.ops.attention.bench.contenders import FLEX
@@ -66,10 +66,10 @@ def decode_call(provider: str, device: str) -> Timed:
     return Timed(call, partial(decode.errors_of, call, q, cache, size))
 
 
-# name -> what makes its call from a provider and a device, and the peers.
+# name -> what makes its call from a provider and a device, and the peers where caches are empty.
 CALLS: Mapping[str, tuple[Callable[[str, str], Timed], tuple[str, ...]]] = {
     "forward": (partial(attention_call, FORWARD), (FLEX,)),
-    "forward + backward": (partial(attention_call, BOTH), (FLEX,)),
+    "backward": (partial(attention_call, BACKWARD), (FLEX,)),
     "decode": (decode_call, ()),
 }
 
@@ -77,6 +77,8 @@ CALLS: Mapping[str, tuple[Callable[[str, str], Timed], tuple[str, ...]]] = {
 def measure(name: str, provider: str, device: str, seed: int) -> dict[str, float]:
     """In this process: the seconds of the first call, and the error of the next."""
     torch.manual_seed(seed)
+    one = torch.ones(1, device=device, requires_grad=True)
+    torch.autograd.grad(one * one, one, one)
     timed = CALLS[name][0](provider, device)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
@@ -136,10 +138,11 @@ class FirstCall:
 
 def prepare(name: str, warm: bool, device: str) -> Prepared:
     us = problems.OURS[device]
+    peers = () if warm else CALLS[name][1]
     folder = tempfile.TemporaryDirectory(prefix="onepass-caches-") if warm else None
     calls = {
         provider: FirstCall(name, provider, device, None if folder is None else Path(folder.name, str(number)))
-        for number, provider in enumerate((us, *CALLS[name][1]))
+        for number, provider in enumerate((us, *peers))
     }
     absent: dict[str, str] = {}
 
