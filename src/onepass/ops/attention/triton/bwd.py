@@ -119,11 +119,14 @@ def _walk_queries(
     first_head and first_sheet to the group; row_head is from one head to the next in lse2 and delta.
     """
     lane = tl.arange(0, BLOCK_M)
+    member, first_of_member = 0, 0  # no division by `count`, which the compiler would take for a promise that it is > 0
     for step in tl.range(0, GROUP * count, num_stages=STAGES):
-        member = 0
+        first = start + (step - first_of_member) * BLOCK_M
         if GROUP > 1:
-            member = step // count
-        first = start + (step - member * count) * BLOCK_M
+            begins = step - first_of_member == count
+            member += begins.to(tl.int32)
+            first_of_member = tl.where(begins, step, first_of_member)
+            first = start + (step - first_of_member) * BLOCK_M
         head = first_head + member
         row = first + lane
         q = walked_tile(

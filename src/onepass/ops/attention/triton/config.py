@@ -122,6 +122,7 @@ _BACKWARD_KEYS: Mapping[_Key, BackwardConfig] = {
     ("hopper", 128, "dropout"): BackwardConfig(32, 64, 4, 2, tma_rows=True),  # causal 2.41 ms
     ("hopper", 128, "masked keys"): BackwardConfig(64, 64, 4, 2),  # 1.82 ms, with tma_rows 1.88
     ("hopper", 128, "scores"): BackwardConfig(64, 64, 4, 2, tma_rows=True),  # causal softcap 1.30 ms, ALiBi 1.01
+    ("hopper", 128, "window"): BackwardConfig(64, 64, 4, 2, tma_rows=True),
     ("hopper", 256): BackwardConfig(64, 64, 8, 2),  # 3.35 and 2.10 ms
     ("hopper", 256, "bias and dropout"): BackwardConfig(64, 32, 8, 2, tma_bias=False),  # 8.34 ms, with keys of 64 9.05
     ("hopper", 256, "bias"): BackwardConfig(64, 64, 8, 2, tma_bias=False),  # 3.89 ms, by TMA 4.57
