@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if env.triton_interpreted() and importlib.util.find_spec("triton") is not None:
         interpreter.patch_language_once()
+        interpreter.check_bounds()
     if config.option.aot_targets:
         aot.TARGETS = {name: aot.TARGETS[name] for name in config.option.aot_targets.split(",")}
     aot.SHARED_OUT = config.option.aot_share_out

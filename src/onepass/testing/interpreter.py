@@ -1,8 +1,10 @@
-"""Triton's interpreter, quicker."""
+"""Triton's interpreter, quicker, and with an eye on memory."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
 
 
 def patch_language_once() -> None:
@@ -32,3 +34,57 @@ def patch_language_once() -> None:
         return scope
 
     interpreter._patch_lang = replace_once
+
+
+def check_bounds() -> None:
+    """From now on a kernel that reads or writes outside the tensors that it was launched with fails: IndexError.
+
+    A tensor's bytes are those from its first element to its last, strides and all.
+    """
+    import numpy as np
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
+    begin = executor._init_args_hst
+    spans: list[tuple[int, int]] = []  # of the running kernel
+
+    def check(what: str, ptrs: Any, mask: Any) -> None:
+        mask = np.broadcast_to(mask.data.astype(bool), ptrs.data.shape)
+        first = ptrs.data[mask].astype(np.int64)
+        if not first.size:
+            return
+        end = first + np.dtype(interpreter._get_np_dtype(ptrs.get_element_ty())).itemsize
+        if any(low <= first.min() and end.max() <= high for low, high in spans):
+            return
+        inside = np.zeros(first.shape, bool)
+        for low, high in spans:
+            inside |= (low <= first) & (end <= high)
+        if not inside.all():
+            raise IndexError(f"{(~inside).sum()} of {first.size} addresses that are {what} lie outside the arguments")
+
+    def checked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        check("read", ptrs, mask)
+        return load(self, ptrs, mask, *rest)
+
+    def checked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check("written", ptrs, mask)
+        return store(self, ptrs, value, mask, *rest)
+
+    def checked_atomic(self: Any, operation: Any, ptr: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check("changed", ptr, mask)
+        return atomic(self, operation, ptr, value, mask, *rest)
+
+    def remembering(self: Any, arguments: Any, options: Any) -> Any:
+        found = begin(self, arguments, options)
+        spans[:] = [_span(x) for x in (*found[0], *found[1].values()) if isinstance(x, torch.Tensor) and x.numel()]
+        return found
+
+    builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
+    builder.create_atomic_rmw, executor._init_args_hst = checked_atomic, remembering
+
+
+def _span(x: torch.Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and of the one after its last."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.itemsize
