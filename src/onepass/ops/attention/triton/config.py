@@ -92,7 +92,7 @@ _FORWARD: Mapping[_Key, ForwardConfig] = {
     ("hopper", 128, "dropout"): ForwardConfig(64, 64, 4, 2),  # causal 234, with 3 stages 204
     ("hopper", 128, "bias and dropout"): ForwardConfig(64, 64, 4, 2),
     ("hopper", 128, "bias by pointers"): ForwardConfig(128, 32, 8, 3),
-    ("hopper", 128, "bias"): ForwardConfig(128, 64, 8, 3),  # 465
+    ("hopper", 128, "bias"): ForwardConfig(128, 64, 8, 3),  # 482
     ("hopper", 256): ForwardConfig(128, 64, 8, 2),  # 544 and 460
     ("ampere", 64): ForwardConfig(64, 64, 4, 3),
     ("ampere", 64, "bias and dropout"): ForwardConfig(64, 32, 4, 3),
