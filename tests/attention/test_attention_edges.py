@@ -299,3 +299,26 @@ def test_gradients_where_every_score_is_far_below_zero(fused: str, seqlen_k: int
     )
     comparisons = [numerics.compare(name, *tensors, terms[name]) for name, *tensors in results]
     numerics.assert_within_budget(comparisons, backend=fused, seqlen_k=seqlen_k)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("per_query", [True, False])
+def test_biases_of_unseen_keys_may_be_anything(
+    backend: str, dtype: torch.dtype, value: float, per_query: bool, generator: torch.Generator
+) -> None:
+    """They have no gradient, and change no other: with more keys than queries, neither may those of keys that only
+    queries past the end would see.
+    """
+    q, k, v = qkv(generator, 33, 70, dtype)
+    unseen = torch.arange(70) > torch.arange(33)[:, None] if per_query else torch.arange(70)[None] >= 33
+    bias = normal((1, 4, *unseen.shape), dtype, "cpu", generator)
+    do = normal((2, 33, 4, 24), dtype, "cpu", generator)
+    found = []
+    for hidden in (0.0, value):
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, bias.masked_fill(unseen, hidden))]
+        options = {"causal": True, "causal_alignment": "top_left", "backend": backend}
+        out = onepass.attention(*leaves[:3], attn_bias=leaves[3], **options)
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, do)])
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain, rtol=0, atol=0)
+    assert not found[1][-1][..., unseen].any()

@@ -74,7 +74,7 @@ def _attend(head_dim: int, head_dim_v: int, dtype: torch.dtype, features: dict[s
     from onepass.ops.attention.triton import bwd, fwd
 
     q, k, v = _tensors(head_dim, head_dim_v, dtype)
-    keys_of_bias = 1 if features is _EVERYTHING else _SEQLEN
+    keys_of_bias = 1 if features is _EVERYTHING else _SEQLEN  # the latter come by TMA
     bias, mask = torch.empty(1, 4, _SEQLEN, keys_of_bias, dtype=dtype), torch.empty(1, _SEQLEN, dtype=torch.bool)
     if "unaligned" in features:  # TMA does not read such rows
         bias = torch.empty(1, 4, _SEQLEN, keys_of_bias + 1, dtype=dtype)[..., 1:]
@@ -92,9 +92,10 @@ def _attend_packed(head_dim: int, head_dim_v: int, dtype: torch.dtype, features:
     q, k, v = (x.squeeze(0) for x in _tensors(head_dim, head_dim_v, dtype))
     lengths = torch.tensor([0, 500, _SEQLEN], dtype=torch.int32)
     used = torch.tensor([400, 500], dtype=torch.int32) if features is _EVERYTHING else None
-    bias, mask = torch.empty(2, 4, 600, 1, dtype=dtype), torch.empty(_SEQLEN, dtype=torch.bool)
+    sizes = (600, 1) if features is _EVERYTHING else (_SEQLEN, _SEQLEN)
+    bias, mask = torch.empty(2, 4, *sizes, dtype=dtype), torch.empty(_SEQLEN, dtype=torch.bool)
     tensors, numbers = _options(bias, mask, dtype, features)
-    longest = 600, 600
+    longest = sizes[0], sizes[0]
     out, lse = varlen.forward(q, k, v, lengths, lengths, used, None, *tensors, *longest, *numbers)
     needs = True, True, "bias" in features, "sink" in features
     varlen.backward(out, None, q, k, v, out, lse, lengths, lengths, used, *tensors, *longest, *numbers, *needs)
@@ -172,6 +173,9 @@ def _launch() -> None:
     target = device.arch(torch.empty(0))
     if target != "sm_90":
         _attend(40, 40, torch.float16, _EVERYTHING)  # takes as long as ten others
+    if target == "sm_100":  # the least shared memory for what needs most
+        for features in (_PLAIN, {"bias": True}, {"softcap": 5.0}):
+            _attend(256, 256, torch.bfloat16, features)
     if target in _WATCHED:
         for features in _OPTIONS:
             _attend(128, 128, torch.bfloat16, features)
@@ -183,6 +187,8 @@ def _launch() -> None:
         _attend(64, 64, torch.bfloat16, {"bias": True})
         for head_dim in (64, 128):
             _attend(head_dim, head_dim, torch.bfloat16, {"bias": True, "unaligned": True})
+        _attend(128, 128, torch.bfloat16, {"bias": True, "unaligned": True, "p": 0.1})
+        _attend_packed(128, 128, torch.bfloat16, {"bias": True, "right": 0})
     outs, lses = torch.empty(2, 1, 8, 4, 64), torch.empty(2, 1, 4, 8)
     out, lse = merge.merge(outs, lses)
     merge.merge_backward(out, lse, outs, lses, out, lse)
@@ -204,7 +210,7 @@ def _fault(launch: aot.Launch, target: str, kernel: aot.Compiled) -> str:
     """
     if target == "sm_90" and launch.constants.get("TOGETHER") and "cp.async.bulk.prefetch" not in kernel.text:
         return "nothing is prefetched"
-    if unconditional := _unconditional_copies(kernel.text):
+    if unconditional := aot.unconditional_copies(kernel.text):
         return f"copies that nothing holds back: {unconditional}"
     wait, load = kernel.text.find("griddepcontrol.wait"), kernel.text.find("ld.global")
     if launch.constants.get("FOLLOWS") and not 0 < wait < load:
@@ -222,12 +228,6 @@ def _fault(launch: aot.Launch, target: str, kernel: aot.Compiled) -> str:
     return ""
 
 
-def _unconditional_copies(ptx: str) -> list[str]:
-    """Asynchronous copies whose size is a number: nothing can make it 0, as it must be where a loop does not run."""
-    sizes = set(re.findall(r"cp\.async\.c.*, (%r\d+);", ptx))
-    return [size for size in sizes if re.search(rf"mov\.[bu]32\s+{size}, \d+;", ptx)]
-
-
 def _spills(launch: aot.Launch) -> int:
     """Bytes that a thread may spill: none, but in the backward of wide heads, of packed sequences and of options.
 
@@ -243,68 +243,13 @@ def _spills(launch: aot.Launch) -> int:
     if launch.name != "_keys_bwd_kernel":
         return 0
     if constants["BLOCK_D"] <= 128 and not constants["VARLEN"]:
-        if any(constants[option] for option in ("SOFTCAP", "ALIBI", "BIAS", "KEY_MASK", "DROPOUT")):
-            return 24
+        options = sum(bool(constants[option]) for option in ("SOFTCAP", "ALIBI", "BIAS", "KEY_MASK", "DROPOUT"))
+        if options:
+            return 160 if options > 1 else 24 if measured else 136
         return 8 if constants["GROUP"] > 1 and not constants["RIGHT"] else 0
     # Triton 3.9 reads 11 spilled registers in a loop of 702 instructions where 3.6, the measured one, reads 3 of 561.
     return 96 if measured else 160
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_nothing_is_read_for_blocks_that_are_not_there(target: str) -> None:
-    """33 queries have no whole block of 64, so what would be read ahead of the first is outside the tensor."""
-    from onepass.ops.attention.triton import bwd
-
-    q, k = (torch.empty(2, 33, nheads, 32, dtype=torch.bfloat16) for nheads in (7, 1))
-    lse = torch.empty(2, 7, 33)
-    options = (None,) * 5 + (0.1, -1, -1, True, 0.0, 0.0, False)
-    needs = True, True, False, False
-    launches = aot.recorded(lambda: bwd.backward(q, None, q, k, k, q, lse, *options, *needs), target)
-    assert len(launches) == 3
-    for launch in launches:
-        assert not _unconditional_copies(aot.compiled(launch, target).text), launch.name
-
-
 def test_compiles_for_every_target() -> None:
     aot.assert_every_kernel_compiles("onepass.ops.attention.triton", _launch, _fault)
-
-
-_BIASES = {
-    "of every score": (torch.empty(2, 4, _SEQLEN, _SEQLEN, dtype=torch.bfloat16), True),
-    "of every head": (torch.empty(1, 4, _SEQLEN, _SEQLEN, dtype=torch.bfloat16), True),
-    "of all heads": (torch.empty(2, 1, _SEQLEN, _SEQLEN, dtype=torch.bfloat16), True),
-    "expanded": (torch.empty(1, 1, _SEQLEN, _SEQLEN, dtype=torch.bfloat16).expand(2, 4, -1, -1), True),
-    "heads behind queries": (torch.empty(2, _SEQLEN, 4, _SEQLEN, dtype=torch.bfloat16).transpose(1, 2), True),
-    "heads between 16 bytes": (
-        torch.empty(2, _SEQLEN, 4, _SEQLEN + 2).bfloat16()[..., :_SEQLEN].transpose(1, 2),
-        False,
-    ),
-    "rows apart": (torch.empty(2, 4, _SEQLEN, _SEQLEN + 8, dtype=torch.bfloat16)[..., :_SEQLEN], True),
-    "rows between 16 bytes": (torch.empty(2, 4, _SEQLEN, _SEQLEN + 4, dtype=torch.bfloat16)[..., :_SEQLEN], False),
-    "begins between 16 bytes": (torch.empty(2, 4, _SEQLEN, _SEQLEN + 8, dtype=torch.bfloat16)[..., 4:-4], False),
-    "transposed": (torch.empty(2, 4, _SEQLEN, _SEQLEN, dtype=torch.bfloat16).transpose(2, 3), False),
-    "of every query": (torch.empty(2, 4, _SEQLEN, 1, dtype=torch.bfloat16), False),
-    "of every key": (torch.empty(2, 4, 1, _SEQLEN, dtype=torch.bfloat16), False),
-    "of fp32": (torch.empty(2, 4, _SEQLEN, _SEQLEN), False),
-}
-
-
-@pytest.mark.parametrize("name", _BIASES)
-def test_which_biases_come_by_tma(name: str) -> None:
-    from onepass.ops.attention.triton import bwd, fwd
-    from onepass.ops.attention.triton.tile import BIAS_BY_TMA
-
-    bias, by_tma = _BIASES[name]
-    q = torch.empty(2, _SEQLEN, 4, 64, dtype=torch.bfloat16)
-    lse = torch.empty(2, 4, _SEQLEN)
-    tensors, numbers = (bias, None, None, None, None), (0.1, -1, -1, True, 0.0, 0.0, False)
-    calls = {
-        "_fwd_kernel": lambda: fwd.forward(q, q, q, *tensors, *numbers),
-        "_keys_bwd_kernel": lambda: bwd.backward(
-            q, None, q, q, q, q, lse, *tensors, *numbers, True, True, False, False
-        ),
-    }
-    for target in ("sm_80", "sm_90"):
-        for kernel, call in calls.items():
-            launch = next(one for one in aot.recorded(call, target) if one.name == kernel)
-            assert (launch.constants["BIAS"] == BIAS_BY_TMA.value) == (by_tma and target == "sm_90"), (target, kernel)

@@ -168,6 +168,12 @@ def _local_memory(cubin: bytes, folder: str) -> int:
     return sum(int(size) for size in re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage))
 
 
+def unconditional_copies(ptx: str) -> list[str]:
+    """Asynchronous copies whose size is set to a number: nothing can make it 0, as it must be where no loop runs."""
+    sizes = set(re.findall(r"cp\.async\.c.*, (%r\d+);", ptx))
+    return [size for size in sizes if re.search(rf"mov\.[bu]32\s+{size}, \d+;", ptx)]
+
+
 @contextmanager
 def _active(target: Any) -> Iterator[None]:
     """Inside, device functions that ask for the GPU there is (target_info.is_cuda) find this one."""

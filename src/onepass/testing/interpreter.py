@@ -37,7 +37,8 @@ def patch_language_once() -> None:
 
 
 def check_bounds() -> None:
-    """From now on a kernel that reads or writes outside the tensors that it was launched with fails: IndexError.
+    """From now on a kernel that reads or writes an address that is in none of the tensors that it was launched with
+    fails: IndexError.
 
     A tensor's bytes are those from its first element to its last, strides and all.
     """
@@ -45,12 +46,13 @@ def check_bounds() -> None:
     from triton.runtime import interpreter
 
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
+    load, store = builder.create_masked_load, builder.create_masked_store
+    change, exchange = builder.create_atomic_rmw, builder.create_atomic_cas
     begin = executor._init_args_hst
     spans: list[tuple[int, int]] = []  # of the running kernel
 
     def check(what: str, ptrs: Any, mask: Any) -> None:
-        mask = np.broadcast_to(mask.data.astype(bool), ptrs.data.shape)
+        mask = np.broadcast_to(mask.astype(bool), ptrs.data.shape)
         first = ptrs.data[mask].astype(np.int64)
         if not first.size:
             return
@@ -63,25 +65,31 @@ def check_bounds() -> None:
         if not inside.all():
             raise IndexError(f"{(~inside).sum()} of {first.size} addresses that are {what} lie outside the arguments")
 
-    def checked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-        check("read", ptrs, mask)
-        return load(self, ptrs, mask, *rest)
+    def checked_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        check("read", ptrs, mask.data)
+        return load(self, ptrs, mask, *rest, **options)
 
-    def checked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        check("written", ptrs, mask)
-        return store(self, ptrs, value, mask, *rest)
+    def checked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        check("written", ptrs, mask.data)
+        return store(self, ptrs, value, mask, *rest, **options)
 
-    def checked_atomic(self: Any, operation: Any, ptr: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        check("changed", ptr, mask)
-        return atomic(self, operation, ptr, value, mask, *rest)
+    def checked_change(self: Any, operation: Any, ptr: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check("changed", ptr, mask.data)
+        return change(self, operation, ptr, value, mask, *rest)
+
+    def checked_exchange(self: Any, ptr: Any, *rest: Any) -> Any:
+        check("changed", ptr, np.ones(1, bool))
+        return exchange(self, ptr, *rest)
 
     def remembering(self: Any, arguments: Any, options: Any) -> Any:
         found = begin(self, arguments, options)
-        spans[:] = [_span(x) for x in (*found[0], *found[1].values()) if isinstance(x, torch.Tensor) and x.numel()]
+        given = (getattr(x, "base", x) for x in (*found[0], *found[1].values()))  # of a descriptor its tensor
+        spans[:] = [_span(x) for x in given if isinstance(x, torch.Tensor) and x.numel()]
         return found
 
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
-    builder.create_atomic_rmw, executor._init_args_hst = checked_atomic, remembering
+    builder.create_atomic_rmw, builder.create_atomic_cas = checked_change, checked_exchange
+    executor._init_args_hst = remembering
 
 
 def _span(x: torch.Tensor) -> tuple[int, int]:

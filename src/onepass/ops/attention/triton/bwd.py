@@ -121,12 +121,11 @@ def _walk_queries(
     lane = tl.arange(0, BLOCK_M)
     member, first_of_member = 0, 0  # no division by `count`, which the compiler would take for a promise that it is > 0
     for step in tl.range(0, GROUP * count, num_stages=STAGES):
-        first = start + (step - first_of_member) * BLOCK_M
         if GROUP > 1:
             begins = step - first_of_member == count
             member += begins.to(tl.int32)
             first_of_member = tl.where(begins, step, first_of_member)
-            first = start + (step - first_of_member) * BLOCK_M
+        first = start + (step - first_of_member) * BLOCK_M
         head = first_head + member
         row = first + lane
         q = walked_tile(
@@ -168,6 +167,8 @@ def _walk_queries(
             s, row[None, :], col[:, None], first_col, seen, lse2[None, :], shift, window_left, window_right, scale,
             softcap, slope, bias, False, LEFT, RIGHT, SOFTCAP, ALIBI, BIAS, KEY_MASK,
         )  # fmt: skip
+        if CUT and BIAS:  # of queries past the end, exp2(bias - inf): NaN where the bias is NaN or inf
+            p = tl.where((row < seqlen_q)[None, :], p, 0.0)
         if LEFT or RIGHT:
             if (first < inner_start) | (first >= inner_end):
                 p = tl.where(visible(row[None, :], col[:, None], shift, window_left, window_right, LEFT, RIGHT), p, 0.0)

@@ -120,7 +120,7 @@ def _bias_bwd_kernel(
                     )  # fmt: skip
                     bias_ptrs = bias_ptr + batch * stride_bb + head * stride_bh
                     bias = tl.load(bias_ptrs + row_read[:, None] * stride_bq + col_read[None, :] * stride_bk)
-                    seen = col_there[None, :]
+                    seen = row_there[:, None] & col_there[None, :]
                     if KEY_MASK:
                         key_seen = tl.load(key_mask_base + col_read * stride_mk) != 0
                         seen = seen & key_seen[None, :]

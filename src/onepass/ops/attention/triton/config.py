@@ -68,12 +68,15 @@ _Key = tuple[str, int] | tuple[str, int, str]
 _Config = TypeVar("_Config")
 
 
-def _machine(tensor: Tensor) -> str:
-    """A kind of GPU, by the shared memory and matrix instructions that a configuration counts on."""
+def _machines(tensor: Tensor) -> tuple[str, ...]:
+    """Kinds of GPU, by the shared memory and matrix instructions that a configuration counts on: what the first has no
+    entry for is as on the next.
+    """
     arch = device.arch(tensor)
     if arch.startswith("gfx"):
-        return "amd"
-    return "hopper" if arch.startswith("sm_") and 90 <= int(arch[3:]) < 120 else "ampere"
+        return ("amd",)
+    number = int(arch[3:]) if arch.startswith("sm_") else 0
+    return ("blackwell", "hopper") if 100 <= number < 120 else ("hopper",) if 90 <= number < 100 else ("ampere",)
 
 
 def _width(q: Tensor, head_dim_v: int) -> int:
@@ -117,6 +120,7 @@ _BACKWARD_KEYS: Mapping[_Key, BackwardConfig] = {
     ("hopper", 128): BackwardConfig(64, 64, 4, 2),  # 1.63 and 0.89 ms
     ("hopper", 64, "bias by pointers"): BackwardConfig(32, 64, 4, 2),  # 4.07 ms
     ("hopper", 128, "bias by pointers"): BackwardConfig(32, 64, 4, 2),  # 2.87 ms
+    ("hopper", 128, "packed bias"): BackwardConfig(32, 64, 4, 2),
     ("hopper", 128, "bias and dropout"): BackwardConfig(32, 64, 4, 2, tma_rows=True),
     ("hopper", 128, "bias"): BackwardConfig(64, 64, 4, 2, tma_rows=True),  # 1.94 ms
     ("hopper", 128, "dropout"): BackwardConfig(32, 64, 4, 2, tma_rows=True),  # causal 2.41 ms
@@ -128,6 +132,7 @@ _BACKWARD_KEYS: Mapping[_Key, BackwardConfig] = {
     ("hopper", 256, "bias"): BackwardConfig(64, 64, 8, 2, tma_bias=False),  # 3.89 ms, by TMA 4.57
     ("hopper", 256, "dropout"): BackwardConfig(32, 64, 8, 2),  # causal 3.66 ms, with queries of 64 3.70
     ("hopper", 256, "scores"): BackwardConfig(64, 64, 8, 2, tma_rows=True),
+    ("blackwell", 256): BackwardConfig(32, 64, 8, 2),  # 64 queries do not fit into its shared memory
     ("ampere", 64): BackwardConfig(32, 64, 4, 2),
     ("ampere", 64, "packed"): BackwardConfig(32, 64, 8, 1),
     ("ampere", 64, "bias and dropout"): BackwardConfig(32, 32, 4, 2),
@@ -147,6 +152,7 @@ _BACKWARD_QUERIES: Mapping[_Key, BackwardConfig] = {
     ("hopper", 64, "bias and dropout"): BackwardConfig(64, 64, 4, 3),  # 4.55 ms
     ("hopper", 64, "bias"): BackwardConfig(128, 64, 8, 2),  # 2.19 ms, with queries of 64 2.37
     ("hopper", 128): BackwardConfig(64, 64, 4, 2),  # 1.32 and 0.76 ms
+    ("hopper", 128, "bias by pointers and dropout"): BackwardConfig(64, 32, 4, 2),  # 3.90 ms, with keys of 64 5.58
     ("hopper", 256): BackwardConfig(128, 32, 8, 2),  # 1.87 and 1.08 ms
     ("ampere", 64): BackwardConfig(64, 64, 4, 2),
     ("ampere", 64, "bias and dropout"): BackwardConfig(32, 64, 4, 2),
@@ -189,20 +195,25 @@ _DECODE: Mapping[_Key, DecodeConfig] = {
 
 
 def _chosen(table: Mapping[_Key, _Config], of_fp32: Mapping[int, _Config], problem: Problem) -> _Config:
-    machine, width = _machine(problem.q), _width(problem.q, problem.v.shape[3])
+    width = _width(problem.q, problem.v.shape[3])
     if problem.q.dtype is torch.float32:
         return of_fp32[width]
-    for need in _needs(problem):
-        if (machine, width, need) in table:
-            return table[machine, width, need]
-    return table[machine, width]
+    needs = list(_needs(problem))
+    keys: list[_Key] = []
+    for machine in _machines(problem.q):
+        keys += [*((machine, width, need) for need in needs), (machine, width)]
+    return next(table[key] for key in keys if key in table)
 
 
 def _needs(problem: Problem) -> Iterator[str]:
     """What of a call may need a configuration of its own, the most demanding first."""
     bias, dropout = problem.attn_bias is not None, problem.dropout_p > 0
     if bias and problem.bias_for_tma() is None:
+        if dropout:
+            yield "bias by pointers and dropout"
         yield "bias by pointers"
+    if bias and problem.packed is not None:
+        yield "packed bias"
     if bias and dropout:
         yield "bias and dropout"
     if bias:
@@ -247,7 +258,7 @@ def decode_config(
     width = _width(q, head_dim_v)
     if q.dtype is torch.float32:
         return DecodeConfig(16 if width == 256 or groups else 32, 4, 1, most_rows=16)
-    machine = _machine(q)
+    machine = _machines(q)[-1]
     for stored, given in (
         ("int4", groups == 1 and rows <= 8),
         ("paged", paged and groups == 0),
