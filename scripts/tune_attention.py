@@ -44,8 +44,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "right": 0, "left": 1024, "softcap": 20.0, "alibi": True, "sink": True, "mask": True, "bias": True, "p": 0.1,
     },
 }  # fmt: skip
-# (block_m, block_n, num_warps, num_stages) beside those of config.py, by head_dim.
-CANDIDATES: dict[str, dict[int, list[tuple[int, int, int, int]]]] = {
+# (block_m, block_n, num_warps, num_stages), and the fields after those where they are not the defaults, beside those of
+# config.py; by head_dim.
+CANDIDATES: dict[str, dict[int, list[tuple[int, ...]]]] = {
     "forward": {
         64: [(64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3)],
         128: [(64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4), (128, 128, 8, 2)],
@@ -53,7 +54,14 @@ CANDIDATES: dict[str, dict[int, list[tuple[int, int, int, int]]]] = {
     },
     "keys": {
         64: [(32, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (32, 64, 4, 3)],
-        128: [(32, 64, 4, 2), (32, 64, 4, 3), (32, 64, 4, 4), (64, 64, 8, 2), (32, 128, 8, 2)],
+        128: [
+            (32, 64, 4, 2),
+            (32, 64, 4, 3),
+            (64, 64, 4, 2),
+            (64, 64, 4, 2, True, True, True),
+            (64, 64, 8, 2),
+            (32, 128, 8, 2),
+        ],
         256: [(32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 4, 2), (64, 32, 8, 2)],
     },
     "queries": {
@@ -84,12 +92,12 @@ class Subject:
     packed: bool
     head_dim: int
 
-    def candidates(self) -> list[tuple[int, int, int, int] | None]:
+    def candidates(self) -> list[tuple[int, ...] | None]:
         """None: what config.py chooses."""
         return [None, *CANDIDATES[self.kernel][self.head_dim]]
 
 
-def call(subject: Subject, dtype: torch.dtype, seqlen: int) -> Callable[[tuple[int, int, int, int] | None], Any]:
+def call(subject: Subject, dtype: torch.dtype, seqlen: int) -> Callable[[tuple[int, ...] | None], Any]:
     """A function that launches the subject with a configuration, on inputs of its own."""
     features, heads = OPTIONS[subject.option], WIDTH // subject.head_dim
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -134,7 +142,7 @@ def call(subject: Subject, dtype: torch.dtype, seqlen: int) -> Callable[[tuple[i
     chosen = getattr(config, name)
     make: Any = ForwardConfig if subject.kernel == "forward" else BackwardConfig
 
-    def with_config(candidate: tuple[int, int, int, int] | None) -> Any:
+    def with_config(candidate: tuple[int, ...] | None) -> Any:
         choose = chosen if candidate is None else lambda problem: make(*candidate)
         for each in modules:
             setattr(each, name, choose)
