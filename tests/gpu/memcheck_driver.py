@@ -1,7 +1,7 @@
 """Runs a share of all cases, forward and backward, on the GPU; meant to run inside compute-sanitizer
 (test_memcheck.py).
 
-python memcheck_driver.py SHARE SHARES
+    python memcheck_driver.py SHARE SHARES
 """
 
 import sys

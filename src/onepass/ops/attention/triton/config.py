@@ -208,7 +208,7 @@ def _chosen(table: Mapping[_Key, _Config], of_fp32: Mapping[int, _Config], probl
 def _needs(problem: Problem) -> Iterator[str]:
     """What of a call may need a configuration of its own, the most demanding first."""
     bias, dropout = problem.attn_bias is not None, problem.dropout_p > 0
-    if bias and problem.bias_for_tma() is None:
+    if bias and problem.bias_for_tma is None:
         if dropout:
             yield "bias by pointers and dropout"
         yield "bias by pointers"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class Problem:
     def paged(self) -> bool:
         return self.packed is not None and self.packed.page_table is not None
 
-    @property
+    @cached_property
     def lazy(self) -> bool:
         """Whether the forward's weights go by the score of one key, and may be far above 1: bf16 has fp32's range.
 
@@ -114,10 +115,11 @@ class Problem:
         bias = self.attn_bias
         return bias is not None and all(has >= size for has, size in zip(bias.shape, sizes, strict=True))
 
+    @cached_property
     def bias_for_tma(self) -> Tensor | None:
         """The bias as (batch, seqlen_q, nheads_q, seqlen_k), if TMA can read tiles of it and that pays."""
         bias = self.attn_bias
-        if bias is None or bias.shape[2] < TMA_SEQLEN or 1 in bias.shape[2:]:
+        if bias is None or 1 in bias.shape[2:]:
             return None
         bias = bias.expand(self.batch, self.q.shape[2], -1, -1).transpose(1, 2)
         return bias if _lies_for_tma(bias) else None
@@ -218,12 +220,17 @@ BY_POINTERS = Walked(None)
 
 
 def _lies_for_tma(x: Tensor) -> bool:
-    """Whether the GPU has TMA, and the rows and heads of x (batch, seqlen, nheads, n) begin where it can read."""
-    batch, _, nheads, n = x.shape
+    """Whether the GPU has TMA, and the rows and heads of x (batch, seqlen, nheads, n) begin where it can read.
+
+    A descriptor costs some 10 us of host time, which only a long sequence hides: shorter ones do not.
+    """
+    batch, seqlen, nheads, n = x.shape
     stride_b, stride_s, stride_h, stride_n = x.stride()
-    if not is_hopper_or_newer(device.arch(x)) or x.dtype is torch.float32 or stride_n != 1 or stride_s < n:
+    if seqlen < TMA_SEQLEN or not is_hopper_or_newer(device.arch(x)) or x.dtype is torch.float32:
         return False
-    if stride_s * x.itemsize % 16 or (batch > 1 and stride_b % stride_s) or not aligned(x.data_ptr()):
+    if stride_n != 1 or stride_s < n or not aligned(x.data_ptr()):
+        return False
+    if stride_s * x.itemsize % 16 or (batch > 1 and stride_b % stride_s):
         return False
     if nheads == 1:
         return True
@@ -232,19 +239,12 @@ def _lies_for_tma(x: Tensor) -> bool:
     return stride_h * x.itemsize % 16 == 0 and (nheads - 1) * stride_h + n <= stride_s
 
 
-def walked(x: Tensor, block: int, width: int = 0) -> Walked:
-    """x (batch, seqlen, nheads, n) for TMA where it can be and pays: `block` tokens at a time, `width` numbers of each;
-    0 for all.
-
-    A descriptor costs some 10 us of host time, which only a long sequence hides.
-    """
-    batch, seqlen, nheads, n = x.shape
-    stride_b, stride_s, stride_h, _ = x.stride()
-    width = width or n
-    if seqlen < TMA_SEQLEN or width != block_of(width) or not _lies_for_tma(x):
-        return BY_POINTERS
+def _matrix(x: Tensor, block: int, width: int) -> Walked:
+    """x (batch, seqlen, nheads, n) that lies for TMA: `block` tokens at a time, `width` numbers of each."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    batch, seqlen, nheads, n = x.shape
+    stride_b, stride_s, stride_h, _ = x.stride()
     heads_in_row = nheads > 1 and stride_h < stride_s
     per_batch, per_head = stride_b // stride_s if batch > 1 else 0, 0 if heads_in_row else stride_h // stride_s
     cols_per_head = stride_h if heads_in_row else 0
@@ -254,6 +254,12 @@ def walked(x: Tensor, block: int, width: int = 0) -> Walked:
         return BY_POINTERS
     matrix = TensorDescriptor(x, [rows, cols], [stride_s, 1], [block, width])
     return Walked(matrix, per_batch, per_head, cols_per_head)
+
+
+def walked(x: Tensor, block: int) -> Walked:
+    """x (batch, seqlen, nheads, head_dim) for TMA where it can be and pays, `block` tokens at a time."""
+    head_dim = x.shape[3]
+    return _matrix(x, block, head_dim) if head_dim == block_of(head_dim) and _lies_for_tma(x) else BY_POINTERS
 
 
 def walked_rows(rows: Tensor, block: int) -> Any:
@@ -266,8 +272,8 @@ def walked_rows(rows: Tensor, block: int) -> Any:
 
 def walked_bias(problem: Problem, block_m: int, block_n: int) -> Walked:
     """The bias by TMA, block_m queries and block_n keys at a time."""
-    bias = problem.bias_for_tma()
-    return BY_POINTERS if bias is None else walked(bias, block_m, block_n)
+    bias = problem.bias_for_tma
+    return BY_POINTERS if bias is None else _matrix(bias, block_m, block_n)
 
 
 def _broadcast_strides(bias: Tensor) -> list[int]:
