@@ -25,6 +25,8 @@ def test_nothing_outside_allocations_is_touched(share: int) -> None:
     done = subprocess.run(
         [*command, str(share), str(SHARES)], capture_output=True, text=True, env=environment, check=False
     )
+    if "Device not supported" in done.stdout + done.stderr:
+        pytest.skip("compute-sanitizer does not support this GPU here: some virtual machines hide what it needs")
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert "ERROR SUMMARY: 0 errors" in done.stdout
     ran = re.search(r"(\d+) cases ran", done.stdout)
