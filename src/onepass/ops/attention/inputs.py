@@ -413,6 +413,7 @@ CASES: list[AttentionCase | VarlenCase | DecodeCase | MergeCase] = [
     DecodeCase("decode, float8_e4m3fn", cache_dtype=torch.float8_e4m3fn, num_splits=2),
     DecodeCase("decode, float8_e5m2, pages", cache_dtype=torch.float8_e5m2, page_size=4, window_size=(20, -1)),
     DecodeCase("decode, int4", groups=(1, 1), head_dim=64),
+    DecodeCase("decode, int4, many rows", groups=(1, 1), head_dim=64, lengths=(48,) * 4, seqlen_q=4, nheads_q=16),
     DecodeCase("decode, int4, groups", groups=(4, 2), head_dim=64, head_dim_v=32, seqlen_q=2, sink=True),
     DecodeCase(  # all weights are rounded the same way
         "decode, int4, weights nearly alike",

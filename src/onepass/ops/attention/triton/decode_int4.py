@@ -11,8 +11,13 @@ for its matrix instructions. Caches that do not lie so are read by bytes, with t
 
 A nibble becomes a bf16 or an fp16 by a mask. The bits 0 to 7 of either read as a whole number of its least subnormal
 number, whether they fill the mantissa or reach into the exponent, and the matrix instructions of NVIDIA GPUs keep
-subnormal numbers: n in bits 0 to 3 is n LEAST, in bits 4 to 7 it is 16 n LEAST. What is multiplied with them is made
-large by a power of two, so that the products are ordinary numbers of fp32.
+subnormal numbers: n in bits 4 to 7 is 16 times what it is in bits 0 to 3. What is multiplied with them is made large by
+a power of two, so that the products are ordinary numbers of fp32.
+
+A matrix instruction adds its products down to some 25 bits below the largest, whose size it takes from the exponents: a
+subnormal number counts as the least normal one. That is 128 times the unit of bf16, of whose short products nothing is
+lost; but 1024 times that of fp16, which would cost a score 2e-6 with nibbles in bits 0 to 3. So fp16 has all of them in
+bits 4 to 7, which takes two shifts more.
 
 p scale is rounded for its product. 7.5 times the sum of what it was rounded to, which comes from a product with ones,
 is taken off again: so what the rounding takes falls on values around 0, as in attention over other caches, and not on
@@ -48,24 +53,42 @@ from onepass.ops.attention.triton.tile import (
     visible,
 )
 
-# Nibbles of two 16-bit words, or of four bytes, to the 16-bit words that hold them in bits 0 to 7, two in a register.
-_WORDS_ASM = tl.constexpr("""{
-.reg .b32 t;
-shr.b32 t, $4, 8;
-and.b32 $0, $4, 0x000f000f;
+
+@triton.constexpr_function
+def _shift(unit):
+    """By how many bits the first nibble is moved."""
+    return 4 if unit == 16 else 0
+
+
+@triton.constexpr_function
+def _words_asm(unit):
+    """Nibbles of two 16-bit words to the words that hold them in bits 0 to 7, two in a register."""
+    return f"""{{
+.reg .b32 s, t, u;
+shl.b32 s, $4, {_shift(unit)};
+shr.b32 t, s, 8;
+shr.b32 u, $4, 8;
+and.b32 $0, s, {0x000F000F * unit};
 and.b32 $1, $4, 0x00f000f0;
-and.b32 $2, t, 0x000f000f;
-and.b32 $3, t, 0x00f000f0;
-}""")
-_BYTES_ASM = tl.constexpr("""{
-.reg .b32 a, b;
+and.b32 $2, t, {0x000F000F * unit};
+and.b32 $3, u, 0x00f000f0;
+}}"""
+
+
+@triton.constexpr_function
+def _bytes_asm(unit):
+    """The same of four bytes."""
+    return f"""{{
+.reg .b32 a, b, s, t;
 prmt.b32 a, $4, 0, 0x4140;
 prmt.b32 b, $4, 0, 0x4342;
-and.b32 $0, a, 0x000f000f;
-and.b32 $1, b, 0x000f000f;
+shl.b32 s, a, {_shift(unit)};
+shl.b32 t, b, {_shift(unit)};
+and.b32 $0, s, {0x000F000F * unit};
+and.b32 $1, t, {0x000F000F * unit};
 and.b32 $2, a, 0x00f000f0;
 and.b32 $3, b, 0x00f000f0;
-}""")
+}}"""
 
 
 MIDDLE: tl.constexpr = tl.constexpr(7.5)
@@ -73,15 +96,15 @@ LIKE_ROWS: tl.constexpr = tl.constexpr(16)  # the fewest of a matrix instruction
 
 
 @triton.constexpr_function
-def _place(as_bits, part):
-    """What a part's nibbles are multiplied with to be n: 1 / 16 in bits 4 to 7."""
-    return 1 / 16 if as_bits and part % 2 else 1.0
+def _place(unit, part):
+    """What a part's nibbles are multiplied with to be like the first part's."""
+    return 1 / 16 if unit == 1 and part % 2 else 1.0
 
 
 @triton.jit
-def _nibbles(x, dtype: tl.constexpr, PARTS: tl.constexpr, AS_BITS: tl.constexpr, NVIDIA: tl.constexpr):
-    """The parts of words (4) or bytes (2), lowest bits first: n - 7.5, or with AS_BITS n and 16 n in turn, as bits."""
-    if not AS_BITS:
+def _nibbles(x, dtype: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, NVIDIA: tl.constexpr):
+    """The parts of words (4) or bytes (2), lowest bits first: n - 7.5, or as bits, where the first part's 1 is UNIT."""
+    if not UNIT:
         a, b = (x & 15).to(dtype) - MIDDLE, ((x >> 4) & 15).to(dtype) - MIDDLE
         if PARTS == 4:
             return a, b, ((x >> 8) & 15).to(dtype) - MIDDLE, ((x >> 12) & 15).to(dtype) - MIDDLE
@@ -90,20 +113,21 @@ def _nibbles(x, dtype: tl.constexpr, PARTS: tl.constexpr, AS_BITS: tl.constexpr,
     elif PARTS == 4:
         if NVIDIA:
             a, b, c, d = tl.inline_asm_elementwise(
-                _WORDS_ASM, "=r,=r,=r,=r,r", [x], dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2
-            )
+                _words_asm(UNIT), "=r,=r,=r,=r,r", [x], dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
+                is_pure=True, pack=2,
+            )  # fmt: skip
         else:
-            a, b, c, d = x & 0x0F, x & 0xF0, (x >> 8) & 0x0F, (x >> 8) & 0xF0
+            a, b, c, d = (x & 15) * UNIT, x & 0xF0, ((x >> 8) & 15) * UNIT, (x >> 8) & 0xF0
         return (
             a.to(dtype, bitcast=True), b.to(dtype, bitcast=True), c.to(dtype, bitcast=True), d.to(dtype, bitcast=True)
         )  # fmt: skip
     else:
         if NVIDIA:
             a, b = tl.inline_asm_elementwise(
-                _BYTES_ASM, "=r,=r,=r,=r,r", [x], dtype=(tl.int16, tl.int16), is_pure=True, pack=4
+                _bytes_asm(UNIT), "=r,=r,=r,=r,r", [x], dtype=(tl.int16, tl.int16), is_pure=True, pack=4
             )
         else:
-            a, b = (x & 0x0F).to(tl.int16), (x & 0xF0).to(tl.int16)
+            a, b = (x & 15).to(tl.int16) * UNIT, (x & 0xF0).to(tl.int16)
         return a.to(dtype, bitcast=True), b.to(dtype, bitcast=True)
 
 
@@ -148,13 +172,13 @@ def _attend(
     EDGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     PAGED: tl.constexpr, PAGE_SIZE: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
     COLS_K: tl.constexpr, ROWS_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    PARTS_K: tl.constexpr, PARTS_V: tl.constexpr, DTYPE: tl.constexpr, AS_BITS: tl.constexpr, K_UNIT: tl.constexpr,
+    PARTS_K: tl.constexpr, PARTS_V: tl.constexpr, DTYPE: tl.constexpr, UNIT: tl.constexpr, K_UNIT: tl.constexpr,
     P_LIFT: tl.constexpr, NVIDIA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """The keys from start to end; in EDGE blocks some are unseen, or are not stored.
 
-    COLS_K, ROWS_V: words or bytes of a group. weights: with AS_BITS what nibbles are multiplied with, summed; its rows
+    COLS_K, ROWS_V: words or bytes of a group. weights: with UNIT what nibbles are multiplied with, summed; its rows
     are alike. flat: what the middles of values add. q_parts and q_sum are of queries / q_power, the products of q_parts
     in units of 1 / K_UNIT.
     """
@@ -162,8 +186,8 @@ def _attend(
     col_k = tl.arange(0, BLOCK_K)[None, :]
     row_v = tl.arange(0, BLOCK_V)[:, None]
     lane = tl.arange(0, BLOCK_N)
-    if AS_BITS:
-        ones = tl.full((LIKE_ROWS, BLOCK_N), 1, tl.int16).to(DTYPE, bitcast=True)
+    if UNIT:
+        units = tl.full((LIKE_ROWS, BLOCK_N), UNIT, tl.int16).to(DTYPE, bitcast=True)
     if PAGE_SIZE:
         page_size = PAGE_SIZE
     IN_ONE: tl.constexpr = lies_in_one(PAGED, PAGE_SIZE, BLOCK_N)
@@ -204,9 +228,9 @@ def _attend(
                 k_ptrs + (at_k + tl.cast(group * COLS_K, tl.int64) * stride_kd), read[:, None], col_k < COLS_K,
                 EDGE or PAGED, COLS_K != BLOCK_K,
             )  # fmt: skip
-            if not AS_BITS:
+            if not UNIT:
                 k_shift += MIDDLE * k_scale
-            nibbles = _nibbles(k, DTYPE, PARTS_K, AS_BITS, NVIDIA)
+            nibbles = _nibbles(k, DTYPE, PARTS_K, UNIT, NVIDIA)
             product = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for part in tl.static_range(PARTS_K):
                 product = tl.dot(nibbles[part], q_parts[group * PARTS_K + part], product, input_precision=PRECISION)
@@ -237,14 +261,14 @@ def _attend(
                 v_ptrs + (at_v + tl.cast(group * ROWS_V, tl.int64) * stride_vd), read[None, :], row_v < ROWS_V,
                 EDGE or PAGED, ROWS_V != BLOCK_V,
             )  # fmt: skip
-            nibbles = _nibbles(v, DTYPE, PARTS_V, AS_BITS, NVIDIA)
+            nibbles = _nibbles(v, DTYPE, PARTS_V, UNIT, NVIDIA)
             scaled = (p * (v_scale * P_LIFT)[:, None]).to(DTYPE)
             for part in tl.static_range(PARTS_V):
                 acc = accs[group * PARTS_V + part] * correction[None, :]
                 new_accs = new_accs + (tl.dot(nibbles[part], scaled, acc, input_precision=PRECISION),)  # noqa: RUF005
-            if AS_BITS:
+            if UNIT:
                 acc = weights[group] * correction[None, :]
-                new_weights = new_weights + (tl.dot(ones, scaled, acc),)  # noqa: RUF005
+                new_weights = new_weights + (tl.dot(units, scaled, acc),)  # noqa: RUF005
             centre = v_shift + MIDDLE * v_scale
             new_flat = new_flat + (flat[group] * correction + tl.sum(p * centre[:, None], 0),)  # noqa: RUF005
         accs, weights, flat = new_accs, new_weights, new_flat
@@ -262,13 +286,14 @@ def _decode_int4_kernel(
     GROUP: tl.constexpr, HEAD_DIM_V: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, PAGED: tl.constexpr, PAGE_SIZE: tl.constexpr, LENGTHS: tl.constexpr, K_GROUPS: tl.constexpr,
     V_GROUPS: tl.constexpr, COLS_K: tl.constexpr, ROWS_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    PARTS_K: tl.constexpr, PARTS_V: tl.constexpr, AS_BITS: tl.constexpr, LEAST: tl.constexpr, Q_LIFT: tl.constexpr,
+    PARTS_K: tl.constexpr, PARTS_V: tl.constexpr, UNIT: tl.constexpr, LEAST: tl.constexpr, Q_LIFT: tl.constexpr,
     P_LIFT: tl.constexpr, NVIDIA: tl.constexpr, FOLLOWED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """As decode.py's kernel with SPLIT: out_ptr is fp32 (splits, rows of all), lse_ptr in log2 units.
 
-    LEAST: what a nibble of 1 is as operand. Q_LIFT, P_LIFT: by what the other operands are multiplied for it.
+    UNIT: the bits of the first part's nibble of 1 as operand, and LEAST that number; 0 and 1 where nibbles become
+    numbers. Q_LIFT, P_LIFT: by what the other operands are multiplied for it.
     TOGETHER: all heads lie side by side, and their programs ask for the next block together before they read it.
     """
     if FOLLOWED:
@@ -313,14 +338,14 @@ def _decode_int4_kernel(
             some = load_tile(q_base + feature * stride_qd, there[None, :], col_k < COLS_K, False, COLS_K != BLOCK_K)
             q_tiles = q_tiles + (some.to(tl.float32),)  # noqa: RUF005
             largest_q = tl.maximum(largest_q, tl.max(tl.abs(some.to(tl.float32)), 0))
-    q_power = power_of(largest_q) if AS_BITS else tl.full((BLOCK_M,), 1.0, tl.float32)
+    q_power = power_of(largest_q) if UNIT else tl.full((BLOCK_M,), 1.0, tl.float32)
     q_parts, q_sum = (), ()
     for group in tl.static_range(K_GROUPS):
         added = tl.zeros((BLOCK_M,), tl.float32)
         for part in tl.static_range(PARTS_K):
             some = q_tiles[group * PARTS_K + part] / q_power[None, :]
             added += tl.sum(some, 0)
-            q_parts = q_parts + ((some * (Q_LIFT * _place(AS_BITS, part))).to(DTYPE),)  # noqa: RUF005
+            q_parts = q_parts + ((some * (Q_LIFT * _place(UNIT, part))).to(DTYPE),)  # noqa: RUF005
         q_sum = q_sum + (added,)  # noqa: RUF005
     slope = tl.zeros((1, BLOCK_M), tl.float32)
     if ALIBI:
@@ -329,7 +354,7 @@ def _decode_int4_kernel(
     for _ in tl.static_range(V_GROUPS):
         for _ in tl.static_range(PARTS_V):
             accs = accs + (tl.zeros((BLOCK_V, BLOCK_M), tl.float32),)  # noqa: RUF005
-        if AS_BITS:
+        if UNIT:
             weights = weights + (tl.zeros((LIKE_ROWS, BLOCK_M), tl.float32),)  # noqa: RUF005
         flat = flat + (tl.zeros((BLOCK_M,), tl.float32),)  # noqa: RUF005
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -345,7 +370,7 @@ def _decode_int4_kernel(
             stride_kpb, stride_kps, stride_kpg, stride_vpb, stride_vps, stride_vpg, page_size, pages, row,
             slope, shift, window_left, window_right, scale, q_power, softcap, kv_head, k_sheet, v_sheet,
             part != 1, LEFT, RIGHT, SOFTCAP, ALIBI, PAGED, PAGE_SIZE, K_GROUPS, V_GROUPS, COLS_K, ROWS_V, BLOCK_K,
-            BLOCK_V, PARTS_K, PARTS_V, DTYPE, AS_BITS, 1.0 / (LEAST * Q_LIFT), P_LIFT, NVIDIA,
+            BLOCK_V, PARTS_K, PARTS_V, DTYPE, UNIT, 1.0 / (LEAST * Q_LIFT), P_LIFT, NVIDIA,
             PRECISION, BLOCK_M, BLOCK_N, STAGES, TOGETHER,
         )  # fmt: skip
     empty = total == 0.0
@@ -357,19 +382,20 @@ def _decode_int4_kernel(
     mask = there[None, :] & (row_v < ROWS_V)
     for group in tl.static_range(V_GROUPS):
         middle = tl.cast(flat[group], tl.float32)  # for type checkers: the tuple began empty
-        if AS_BITS:
+        if UNIT:
             middle -= tl.max(weights[group], 0) * (MIDDLE / (LEAST * P_LIFT))
         for part in tl.static_range(PARTS_V):
             out_ptrs = out_ptr + at[None, :] * HEAD_DIM_V + PARTS_V * (group * ROWS_V + row_v) + part
-            acc = accs[group * PARTS_V + part] * (_place(AS_BITS, part) / (LEAST * P_LIFT))
+            acc = accs[group * PARTS_V + part] * (_place(UNIT, part) / (LEAST * P_LIFT))
             out = (acc + middle[None, :]) * weight[None, :]
             tl.store(out_ptrs, out, mask=mask)
 
 
 _decode_int4 = Launcher(_decode_int4_kernel)
-# The least subnormal number of a dtype, by what queries below 2 are multiplied and by what weights times scales (of
-# fp16, so up to 65504): products with it are then ordinary numbers of fp32.
-_LIFTS = {torch.bfloat16: (2.0**-133, 2.0**120, 2.0**100), torch.float16: (2.0**-24, 2.0**14, 1.0)}
+# By q's dtype: the bits of the first part's nibble of 1, that number, by what queries below 2 are multiplied, and by
+# what weights times scales (of fp16, so up to 65504): products with it are then ordinary numbers of fp32.
+_AS_BITS = {torch.bfloat16: (1, 2.0**-133, 2.0**120, 2.0**100), torch.float16: (16, 2.0**-20, 2.0**14, 1.0)}
+_AS_NUMBERS = (0, 1.0, 1.0, 1.0)
 
 
 def run(
@@ -402,11 +428,9 @@ def run(
 def _operands(q: Tensor) -> dict[str, Any]:
     """How nibbles become operands beside q's dtype: as they lie where subnormal numbers are kept, else as numbers."""
     arch = device.arch(q)
-    as_bits = q.itemsize == 2 and not arch.startswith("gfx")
-    least, q_lift, p_lift = _LIFTS[q.dtype] if as_bits else (1.0, 1.0, 1.0)
-    return {
-        "AS_BITS": as_bits, "LEAST": least, "Q_LIFT": q_lift, "P_LIFT": p_lift, "NVIDIA": arch.startswith("sm_"),
-    }  # fmt: skip
+    keeps_subnormals = q.itemsize == 2 and not arch.startswith("gfx")
+    unit, least, q_lift, p_lift = _AS_BITS[q.dtype] if keeps_subnormals else _AS_NUMBERS
+    return {"UNIT": unit, "LEAST": least, "Q_LIFT": q_lift, "P_LIFT": p_lift, "NVIDIA": arch.startswith("sm_")}
 
 
 def _side_by_side(*caches: Tensor) -> bool:
