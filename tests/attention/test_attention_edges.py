@@ -250,10 +250,10 @@ def test_alibi_beyond_fp32s_whole_numbers(fused: str, stored: str, generator: to
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_int4_caches_of_any_strides(fused: str, generator: torch.Generator) -> None:
+def test_int4_caches_of_any_strides(fused: str, device: str, generator: torch.Generator) -> None:
     """Bytes and pairs that do not lie next to each other, rows that are not a whole vector."""
-    q = normal((2, 1, 4, 24), torch.float32, "cpu", generator)
-    k, v = (normal((2, 40, 2, 24), torch.float32, "cpu", generator) for _ in range(2))
+    q = normal((2, 1, 4, 24), torch.float32, device, generator)
+    k, v = (normal((2, 40, 2, 24), torch.float32, device, generator) for _ in range(2))
     (k_cache, k_pairs), (v_cache, v_pairs) = (onepass.quantize_kv_int4(x, groups=3) for x in (k, v))
     expected = onepass.attention_decode(
         q, k_cache, v_cache, k_scale_shift=k_pairs, v_scale_shift=v_pairs, backend="reference"
@@ -267,12 +267,14 @@ def test_int4_caches_of_any_strides(fused: str, generator: torch.Generator) -> N
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 2e-7, 6e4, 1e34])
 @pytest.mark.parametrize("of", [torch.float32, torch.float16])
-def test_int4_with_queries_of_any_size(fused: str, of: torch.dtype, size: float, generator: torch.Generator) -> None:
+def test_int4_with_queries_of_any_size(
+    fused: str, device: str, of: torch.dtype, size: float, generator: torch.Generator
+) -> None:
     """Scores of ordinary size from queries of 0, subnormal in fp16, tiny and huge, beside ordinary ones."""
-    q = normal((1, 2, 2, 32), torch.float32, "cpu", generator)
+    q = normal((1, 2, 2, 32), torch.float32, device, generator)
     q[:, 1:] = q[:, 1:] * min(size, torch.finfo(of).max / 8)
     q = q.to(of)
-    k, v = (normal((1, 300, 1, 32), of, "cpu", generator) for _ in range(2))
+    k, v = (normal((1, 300, 1, 32), of, device, generator) for _ in range(2))
     pairs = {}
     (k, pairs["k_scale_shift"]), (v, pairs["v_scale_shift"]) = map(onepass.quantize_kv_int4, (k, v))
     scale = 1.0 if size == 0.0 else 1.0 / float(q[:, 1:].float().abs().max() or 1.0)
@@ -280,6 +282,27 @@ def test_int4_with_queries_of_any_size(fused: str, of: torch.dtype, size: float,
     exact = onepass.attention_decode(q.double(), k, v, **pairs, softmax_scale=scale, causal=False, backend="reference")
     eps = torch.finfo(of).eps
     torch.testing.assert_close(out[:, 1:].double(), exact[:, 1:], rtol=4 * eps, atol=16 * eps)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1.0, 1.0), (1e-4, 1e-4), (3e-7, 3e-7), (1e-5, 1.0), (1.0, 1e-5), (0.0, 1e-5), (8e3, 8e3)]
+)
+@pytest.mark.parametrize("of", [torch.float32, torch.float16])
+def test_int4_with_values_of_any_size(
+    fused: str, device: str, of: torch.dtype, sizes: tuple[float, float], generator: torch.Generator
+) -> None:
+    """Of the first keys, and of those in later blocks; scales below fp16's normal numbers among them."""
+    q, k, v = (normal((1, seqlen, 1, 32), torch.float32, device, generator) for seqlen in (4, 300, 300))
+    v[:, :100] *= sizes[0]
+    v[:, 100:] *= sizes[1]
+    pairs = {}
+    (k, pairs["k_scale_shift"]), (v, pairs["v_scale_shift"]) = map(onepass.quantize_kv_int4, (k.to(of), v.to(of)))
+
+    def out(backend: str, dtype: torch.dtype = of) -> Tensor:
+        return onepass.attention_decode(q.to(of).to(dtype), k, v, **pairs, num_splits=1, backend=backend)
+
+    found = numerics.compare("out", out(fused), out("reference", torch.float64), out("reference"))
+    numerics.assert_within_budget([found], backend=fused, sizes=sizes)
 
 
 @pytest.mark.parametrize("seqlen_k", [64, 65, 129])

@@ -193,7 +193,10 @@ class Guarded:
         return torch.equal(self.buffer.view(torch.uint8), self.before.view(torch.uint8))
 
 
-def guarded(x: Tensor, band: int = 67) -> Guarded:
+BANDS = (64, 67)  # elements: what lies behind the first is aligned to its element's 64, behind the other to its own
+
+
+def guarded(x: Tensor, band: int = BANDS[1]) -> Guarded:
     """`x` copied into a larger buffer with `band` elements of NaN before, behind and in any gaps of its strides."""
     strides = x.stride()
     span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True)) if x.numel() else 0

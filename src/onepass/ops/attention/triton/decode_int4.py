@@ -15,13 +15,14 @@ subnormal numbers: n in bits 4 to 7 is 16 times what it is in bits 0 to 3. What 
 a power of two, so that the products are ordinary numbers of fp32.
 
 A matrix instruction adds its products down to some 25 bits below the largest, whose size it takes from the exponents: a
-subnormal number counts as the least normal one. That is 128 times the unit of bf16, of whose short products nothing is
-lost; but 1024 times that of fp16, which would cost a score 2e-6 with nibbles in bits 0 to 3. So fp16 has all of them in
-bits 4 to 7, which takes two shifts more.
+subnormal number counts as the least normal one. That is 128 times the unit of bf16, whose short products
+still fit; but 1024 times that of fp16, which would cost a score 2e-6 with nibbles in bits 0 to 3. So fp16 has all of
+them in bits 4 to 7, which takes two shifts more.
 
 p scale is rounded for its product. 7.5 times the sum of what it was rounded to, which comes from a product with ones,
 is taken off again: so what the rounding takes falls on values around 0, as in attention over other caches, and not on
-nibbles, which are all positive; weights that are nearly alike are all rounded the same way. Nibbles that become numbers
+nibbles, which are all positive; weights that are nearly alike are all rounded the same way. In fp16 it is p scale over
+the largest scale's power of two, so that caches of small values lose no digits either. Nibbles that become numbers
 before their products (fp32, AMD) become n - 7.5, which is exact, and nothing is taken off at the end.
 """
 
@@ -92,6 +93,7 @@ and.b32 $3, b, 0x00f000f0;
 
 
 MIDDLE: tl.constexpr = tl.constexpr(7.5)
+LARGEST_POWER: tl.constexpr = tl.constexpr(2.0**15)  # of fp16
 LIKE_ROWS: tl.constexpr = tl.constexpr(16)  # the fewest of a matrix instruction
 
 
@@ -165,7 +167,7 @@ def _prefetch_block(
 
 @triton.jit
 def _attend(
-    q_parts, q_sum, accs, weights, flat, largest, total, k_base, v_base, k_pairs, v_pairs, page_table_ptrs,
+    q_parts, q_sum, accs, weights, flat, tops, largest, total, k_base, v_base, k_pairs, v_pairs, page_table_ptrs,
     start, end, length, stride_kb, stride_ks, stride_kd, stride_vb, stride_vs, stride_vd,
     stride_kpb, stride_kps, stride_kpg, stride_vpb, stride_vps, stride_vpg, page_size, pages, row,
     slope, shift, window_left, window_right, scale, q_power, softcap, kv_head, k_sheet, v_sheet,
@@ -179,10 +181,12 @@ def _attend(
     """The keys from start to end; in EDGE blocks some are unseen, or are not stored.
 
     COLS_K, ROWS_V: words or bytes of a group. weights: with UNIT what nibbles are multiplied with, summed; its rows
-    are alike. flat: what the middles of values add. q_parts and q_sum are of queries / q_power, the products of q_parts
-    in units of 1 / K_UNIT.
+    are alike. flat: what the middles of values add. tops: with NARROW the largest scales of values so far, in units of
+    whose powers of two accs and weights are. q_parts and q_sum are of queries / q_power, the products of q_parts in
+    units of 1 / K_UNIT.
     """
     ADJUSTED: tl.constexpr = SOFTCAP or ALIBI
+    NARROW: tl.constexpr = DTYPE.is_fp16()
     col_k = tl.arange(0, BLOCK_K)[None, :]
     row_v = tl.arange(0, BLOCK_V)[:, None]
     lane = tl.arange(0, BLOCK_N)
@@ -252,7 +256,7 @@ def _attend(
         p, correction, largest, total = softmax_step(
             s, LOG2_E if ADJUSTED else LOG2_E * q_power, largest, total, 0, False
         )
-        new_accs, new_weights, new_flat = (), (), ()
+        new_accs, new_weights, new_flat, new_tops = (), (), (), ()
         for group in tl.static_range(V_GROUPS):
             v_scale, v_shift = _scale_and_shift(
                 v_pairs + (page * stride_vpb + place * stride_vps + tl.cast(group, tl.int64) * stride_vpg), read
@@ -262,17 +266,22 @@ def _attend(
                 EDGE or PAGED, ROWS_V != BLOCK_V,
             )  # fmt: skip
             nibbles = _nibbles(v, DTYPE, PARTS_V, UNIT, NVIDIA)
-            scaled = (p * (v_scale * P_LIFT)[:, None]).to(DTYPE)
+            kept, lift = correction, P_LIFT
+            if NARROW:
+                top = tl.maximum(tops[group], tl.minimum(tl.max(tl.abs(v_scale), 0), LARGEST_POWER))
+                kept, lift = correction * (power_of(tops[group]) / power_of(top)), P_LIFT / power_of(top)
+                new_tops = new_tops + (top,)  # noqa: RUF005
+            scaled = (p * (v_scale * lift)[:, None]).to(DTYPE)
             for part in tl.static_range(PARTS_V):
-                acc = accs[group * PARTS_V + part] * correction[None, :]
+                acc = accs[group * PARTS_V + part] * kept[None, :]
                 new_accs = new_accs + (tl.dot(nibbles[part], scaled, acc, input_precision=PRECISION),)  # noqa: RUF005
             if UNIT:
-                acc = weights[group] * correction[None, :]
+                acc = weights[group] * kept[None, :]
                 new_weights = new_weights + (tl.dot(units, scaled, acc),)  # noqa: RUF005
             centre = v_shift + MIDDLE * v_scale
             new_flat = new_flat + (flat[group] * correction + tl.sum(p * centre[:, None], 0),)  # noqa: RUF005
-        accs, weights, flat = new_accs, new_weights, new_flat
-    return accs, weights, flat, largest, total
+        accs, weights, flat, tops = new_accs, new_weights, new_flat, new_tops
+    return accs, weights, flat, tops, largest, total
 
 
 @triton.jit
@@ -350,20 +359,23 @@ def _decode_int4_kernel(
     slope = tl.zeros((1, BLOCK_M), tl.float32)
     if ALIBI:
         slope = tl.load(slopes_ptr + batch * stride_ab + head * stride_ah)[None, :]
-    accs, weights, flat = (), (), ()
+    NARROW: tl.constexpr = DTYPE.is_fp16()
+    accs, weights, flat, tops = (), (), (), ()
     for _ in tl.static_range(V_GROUPS):
         for _ in tl.static_range(PARTS_V):
             accs = accs + (tl.zeros((BLOCK_V, BLOCK_M), tl.float32),)  # noqa: RUF005
         if UNIT:
             weights = weights + (tl.zeros((LIKE_ROWS, BLOCK_M), tl.float32),)  # noqa: RUF005
         flat = flat + (tl.zeros((BLOCK_M,), tl.float32),)  # noqa: RUF005
+        if NARROW:
+            tops = tops + (tl.full((), 0.0, tl.float32),)  # noqa: RUF005
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     # Before the inner blocks (only a window has such), those, and after them.
     for part in tl.static_range(0 if LEFT else 1, 3):
         first, last = part_of(part, start, inner_start, inner_end, end, end)
-        accs, weights, flat, largest, total = _attend(
-            q_parts, q_sum, accs, weights, flat, largest, total,
+        accs, weights, flat, tops, largest, total = _attend(
+            q_parts, q_sum, accs, weights, flat, tops, largest, total,
             k_sheet + kv_head * stride_kh, v_sheet + kv_head * stride_vh,
             k_pairs_sheet + kv_head * stride_kph, v_pairs_sheet + kv_head * stride_vph, page_table_ptrs,
             first, last, length, stride_kb, stride_ks, stride_kd, stride_vb, stride_vs, stride_vd,
@@ -382,19 +394,22 @@ def _decode_int4_kernel(
     mask = there[None, :] & (row_v < ROWS_V)
     for group in tl.static_range(V_GROUPS):
         middle = tl.cast(flat[group], tl.float32)  # for type checkers: the tuple began empty
+        unit = 1.0 / (LEAST * P_LIFT)
+        if NARROW:
+            unit = power_of(tops[group]) / (LEAST * P_LIFT)
         if UNIT:
-            middle -= tl.max(weights[group], 0) * (MIDDLE / (LEAST * P_LIFT))
+            middle -= tl.max(weights[group], 0) * (MIDDLE * unit)
         for part in tl.static_range(PARTS_V):
             out_ptrs = out_ptr + at[None, :] * HEAD_DIM_V + PARTS_V * (group * ROWS_V + row_v) + part
-            acc = accs[group * PARTS_V + part] * (_place(UNIT, part) / (LEAST * P_LIFT))
+            acc = accs[group * PARTS_V + part] * (_place(UNIT, part) * unit)
             out = (acc + middle[None, :]) * weight[None, :]
             tl.store(out_ptrs, out, mask=mask)
 
 
 _decode_int4 = Launcher(_decode_int4_kernel)
 # By q's dtype: the bits of the first part's nibble of 1, that number, by what queries below 2 are multiplied, and by
-# what weights times scales (of fp16, so up to 65504): products with it are then ordinary numbers of fp32.
-_AS_BITS = {torch.bfloat16: (1, 2.0**-133, 2.0**120, 2.0**100), torch.float16: (16, 2.0**-20, 2.0**14, 1.0)}
+# what weights times scales, in fp16 below 2 as well: products with it are then ordinary numbers of fp32.
+_AS_BITS = {torch.bfloat16: (1, 2.0**-133, 2.0**120, 2.0**100), torch.float16: (16, 2.0**-20, 2.0**14, 2.0**14)}
 _AS_NUMBERS = (0, 1.0, 1.0, 1.0)
 
 

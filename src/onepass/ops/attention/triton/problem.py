@@ -119,7 +119,7 @@ class Problem:
     def bias_for_tma(self) -> Tensor | None:
         """The bias as (batch, seqlen_q, nheads_q, seqlen_k), if TMA can read tiles of it and that pays."""
         bias = self.attn_bias
-        if bias is None or 1 in bias.shape[2:]:
+        if bias is None or 1 in bias.shape[2:] or bias.shape[2] < TMA_SEQLEN:
             return None
         bias = bias.expand(self.batch, self.q.shape[2], -1, -1).transpose(1, 2)
         return bias if _lies_for_tma(bias) else None
