@@ -295,13 +295,14 @@ def test_int4_with_values_of_any_size(
     q, k, v = (normal((1, seqlen, 1, 32), torch.float32, device, generator) for seqlen in (4, 300, 300))
     v[:, :100] *= sizes[0]
     v[:, 100:] *= sizes[1]
+    largest = float(v.abs().max())  # of what out sums
     pairs = {}
     (k, pairs["k_scale_shift"]), (v, pairs["v_scale_shift"]) = map(onepass.quantize_kv_int4, (k.to(of), v.to(of)))
 
     def out(backend: str, dtype: torch.dtype = of) -> Tensor:
         return onepass.attention_decode(q.to(of).to(dtype), k, v, **pairs, num_splits=1, backend=backend)
 
-    found = numerics.compare("out", out(fused), out("reference", torch.float64), out("reference"))
+    found = numerics.compare("out", out(fused), out("reference", torch.float64), out("reference"), largest)
     numerics.assert_within_budget([found], backend=fused, sizes=sizes)
 
 
