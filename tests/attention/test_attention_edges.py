@@ -19,6 +19,12 @@ def qkv(
     return [normal(shape, dtype, "cpu", generator) for shape in shapes]
 
 
+def in_int4(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The caches, and the options that say what their nibbles mean."""
+    (k, k_pairs), (v, v_pairs) = map(onepass.quantize_kv_int4, (k, v))
+    return k, v, {"k_scale_shift": k_pairs, "v_scale_shift": v_pairs}
+
+
 @pytest.mark.parametrize("sizes", [(0, 5, 5), (2, 0, 5), (2, 5, 0), (2, 0, 0), (0, 0, 0)])
 def test_empty_problems(backend: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
     batch, seqlen_q, seqlen_k = sizes
@@ -235,7 +241,8 @@ def test_alibi_beyond_fp32s_whole_numbers(fused: str, stored: str, generator: to
     k, v = (normal((pages, size, 1, 16), torch.float32, "cpu", generator) for _ in range(2))
     options: dict[str, Any] = {"alibi_slopes": torch.tensor([0.1, 0.5]), "window_size": (40, -1), "return_lse": True}
     if stored == "int4":
-        (k, options["k_scale_shift"]), (v, options["v_scale_shift"]) = map(onepass.quantize_kv_int4, (k, v))
+        k, v, pairs = in_int4(k, v)
+        options |= pairs
     table = torch.zeros(1, -(-length // size), dtype=torch.int32)
     table[0, -pages:] = torch.arange(pages)
     found, expected = (
@@ -275,8 +282,7 @@ def test_int4_with_queries_of_any_size(
     q[:, 1:] = q[:, 1:] * min(size, torch.finfo(of).max / 8)
     q = q.to(of)
     k, v = (normal((1, 300, 1, 32), of, device, generator) for _ in range(2))
-    pairs = {}
-    (k, pairs["k_scale_shift"]), (v, pairs["v_scale_shift"]) = map(onepass.quantize_kv_int4, (k, v))
+    k, v, pairs = in_int4(k, v)
     scale = 1.0 if size == 0.0 else 1.0 / float(q[:, 1:].float().abs().max() or 1.0)
     out = onepass.attention_decode(q, k, v, **pairs, softmax_scale=scale, causal=False, backend=fused)
     exact = onepass.attention_decode(q.double(), k, v, **pairs, softmax_scale=scale, causal=False, backend="reference")
@@ -296,8 +302,7 @@ def test_int4_with_values_of_any_size(
     v[:, :100] *= sizes[0]
     v[:, 100:] *= sizes[1]
     largest = float(v.abs().max())  # of what out sums
-    pairs = {}
-    (k, pairs["k_scale_shift"]), (v, pairs["v_scale_shift"]) = map(onepass.quantize_kv_int4, (k.to(of), v.to(of)))
+    k, v, pairs = in_int4(k.to(of), v.to(of))
 
     def out(backend: str, dtype: torch.dtype = of) -> Tensor:
         return onepass.attention_decode(q.to(of).to(dtype), k, v, **pairs, num_splits=1, backend=backend)

@@ -28,10 +28,10 @@ _INSTRUCTIONS: dict[str, Callable[..., int]] = {
 }
 
 
-def _run(ptx: object, register: int) -> list[int]:
+def _run(ptx: str, register: int) -> list[int]:
     """$0 to $3, from $4."""
     values = {"$4": register}
-    for line in str(getattr(ptx, "value", ptx)).strip("{}\n").splitlines():
+    for line in ptx.strip("{}\n").splitlines():
         name, _, operands = line.rstrip(";").partition(" ")
         if name == ".reg":
             continue
@@ -75,9 +75,6 @@ def test_operands_are_multiples_of_the_nibbles(of: torch.dtype) -> None:
     nibbles = torch.arange(16)
     for part in range(4):
         bits = nibbles * (16 if part % 2 else unit)
-        place = decode_int4._place(unit, part)
-        place = getattr(place, "value", place)
-        torch.testing.assert_close(
-            bits.to(torch.int16).view(of).double() * place, nibbles.double() * least, rtol=0, atol=0
-        )
+        operands = bits.to(torch.int16).view(of).double() * decode_int4._place(unit, part)
+        assert torch.equal(operands, nibbles.double() * least)
     assert torch.finfo(of).tiny <= 128 * least

@@ -16,8 +16,8 @@ from onepass.testing import faults, numerics
 
 
 def test_within_budget(case: numerics.Case, fused: str, device: str, dtype: torch.dtype, seed: int) -> None:
-    """Outputs and gradients against the oracle; outputs start as NaN, inputs lie between bands that must survive, from
-    multiples of 64 elements on or, half of the time, of one.
+    """Outputs and gradients against the oracle; outputs start as NaN, inputs lie between bands that must survive, one
+    of BANDS by the seed.
     """
     inputs = case.inputs(dtype, device, torch.Generator().manual_seed(seed))
     if fused not in case.backends(inputs):

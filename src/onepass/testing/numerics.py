@@ -193,7 +193,7 @@ class Guarded:
         return torch.equal(self.buffer.view(torch.uint8), self.before.view(torch.uint8))
 
 
-BANDS = (64, 67)  # elements: what lies behind the first is aligned to its element's 64, behind the other to its own
+BANDS = (64, 67)  # elements; behind the first a tensor begins as allocated ones do, behind the other anywhere
 
 
 def guarded(x: Tensor, band: int = BANDS[1]) -> Guarded:

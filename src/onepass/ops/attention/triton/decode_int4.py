@@ -15,9 +15,9 @@ subnormal numbers: n in bits 4 to 7 is 16 times what it is in bits 0 to 3. What 
 a power of two, so that the products are ordinary numbers of fp32.
 
 A matrix instruction adds its products down to some 25 bits below the largest, whose size it takes from the exponents: a
-subnormal number counts as the least normal one. That is 128 times the unit of bf16, whose short products
-still fit; but 1024 times that of fp16, which would cost a score 2e-6 with nibbles in bits 0 to 3. So fp16 has all of
-them in bits 4 to 7, which takes two shifts more.
+subnormal number counts as the least normal one. That is 128 times the unit of bf16, whose short products still fit; but
+1024 times that of fp16, which would cost a score 2e-6 with nibbles in bits 0 to 3. So fp16 has all of them in bits 4 to
+7, which takes two shifts more.
 
 p scale is rounded for its product. 7.5 times the sum of what it was rounded to, which comes from a product with ones,
 is taken off again: so what the rounding takes falls on values around 0, as in attention over other caches, and not on
@@ -269,7 +269,8 @@ def _attend(
             kept, lift = correction, P_LIFT
             if NARROW:
                 top = tl.maximum(tops[group], tl.minimum(tl.max(tl.abs(v_scale), 0), LARGEST_POWER))
-                kept, lift = correction * (power_of(tops[group]) / power_of(top)), P_LIFT / power_of(top)
+                power = power_of(top)
+                kept, lift = correction * (power_of(tops[group]) / power), P_LIFT / power
                 new_tops = new_tops + (top,)  # noqa: RUF005
             scaled = (p * (v_scale * lift)[:, None]).to(DTYPE)
             for part in tl.static_range(PARTS_V):
@@ -394,9 +395,7 @@ def _decode_int4_kernel(
     mask = there[None, :] & (row_v < ROWS_V)
     for group in tl.static_range(V_GROUPS):
         middle = tl.cast(flat[group], tl.float32)  # for type checkers: the tuple began empty
-        unit = 1.0 / (LEAST * P_LIFT)
-        if NARROW:
-            unit = power_of(tops[group]) / (LEAST * P_LIFT)
+        unit = (power_of(tops[group]) if NARROW else 1.0) / (LEAST * P_LIFT)
         if UNIT:
             middle -= tl.max(weights[group], 0) * (MIDDLE * unit)
         for part in tl.static_range(PARTS_V):
@@ -443,8 +442,8 @@ def run(
 def _operands(q: Tensor) -> dict[str, Any]:
     """How nibbles become operands beside q's dtype: as they lie where subnormal numbers are kept, else as numbers."""
     arch = device.arch(q)
-    keeps_subnormals = q.itemsize == 2 and not arch.startswith("gfx")
-    unit, least, q_lift, p_lift = _AS_BITS[q.dtype] if keeps_subnormals else _AS_NUMBERS
+    as_bits = q.itemsize == 2 and not arch.startswith("gfx")
+    unit, least, q_lift, p_lift = _AS_BITS[q.dtype] if as_bits else _AS_NUMBERS
     return {"UNIT": unit, "LEAST": least, "Q_LIFT": q_lift, "P_LIFT": p_lift, "NVIDIA": arch.startswith("sm_")}
 
 

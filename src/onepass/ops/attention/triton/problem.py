@@ -18,7 +18,7 @@ LOG2_E = math.log2(math.e)
 FAR = 1 << 30  # windows are clamped here, so that 32-bit index arithmetic cannot overflow
 
 
-TMA_SEQLEN = 1024
+TMA_SEQLEN = 1024  # a descriptor costs some 10 us of host time, which only a long sequence hides
 LAZY_SEQLEN = 512
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -119,7 +119,7 @@ class Problem:
     def bias_for_tma(self) -> Tensor | None:
         """The bias as (batch, seqlen_q, nheads_q, seqlen_k), if TMA can read tiles of it and that pays."""
         bias = self.attn_bias
-        if bias is None or 1 in bias.shape[2:] or bias.shape[2] < TMA_SEQLEN:
+        if bias is None or bias.shape[2] < TMA_SEQLEN or 1 in bias.shape[2:]:
             return None
         bias = bias.expand(self.batch, self.q.shape[2], -1, -1).transpose(1, 2)
         return bias if _lies_for_tma(bias) else None
@@ -220,13 +220,10 @@ BY_POINTERS = Walked(None)
 
 
 def _lies_for_tma(x: Tensor) -> bool:
-    """Whether the GPU has TMA, and the rows and heads of x (batch, seqlen, nheads, n) begin where it can read.
-
-    A descriptor costs some 10 us of host time, which only a long sequence hides: shorter ones do not.
-    """
-    batch, seqlen, nheads, n = x.shape
+    """Whether the GPU has TMA, and the rows and heads of x (batch, seqlen, nheads, n) begin where it can read."""
+    batch, _, nheads, n = x.shape
     stride_b, stride_s, stride_h, stride_n = x.stride()
-    if seqlen < TMA_SEQLEN or not is_hopper_or_newer(device.arch(x)) or x.dtype is torch.float32:
+    if not is_hopper_or_newer(device.arch(x)) or x.dtype is torch.float32:
         return False
     if stride_n != 1 or stride_s < n or not aligned(x.data_ptr()):
         return False
@@ -258,8 +255,10 @@ def _matrix(x: Tensor, block: int, width: int) -> Walked:
 
 def walked(x: Tensor, block: int) -> Walked:
     """x (batch, seqlen, nheads, head_dim) for TMA where it can be and pays, `block` tokens at a time."""
-    head_dim = x.shape[3]
-    return _matrix(x, block, head_dim) if head_dim == block_of(head_dim) and _lies_for_tma(x) else BY_POINTERS
+    _, seqlen, _, head_dim = x.shape
+    if seqlen < TMA_SEQLEN or head_dim != block_of(head_dim) or not _lies_for_tma(x):
+        return BY_POINTERS
+    return _matrix(x, block, head_dim)
 
 
 def walked_rows(rows: Tensor, block: int) -> Any:
